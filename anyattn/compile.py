@@ -1,0 +1,278 @@
+"""A kernel's specification in, a cubin on disk out: NVRTC through cuda.core, no GPU needed.
+
+Only what is called gets built. A built kernel stays on disk, named by a hash of all that went into it, so a second
+process loads it without a compiler in sight: on that path cuda.core is not even imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version"]
+
+# `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
+OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
+
+INSTALL = (
+    "pip install 'anyattn[cuda13]' (or 'anyattn[cuda12]' for a CUDA 12 driver), "
+    "which brings cuda-core, cuda-bindings and NVIDIA's NVRTC"
+)
+
+_log = logging.getLogger("anyattn")
+
+
+class CompileError(RuntimeError):
+    """A kernel could not be built; the message says why and what to install."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that tells one cubin from another.
+
+    The compiled text is, in this order: the numeric constants, `prelude`, the type names, the source file.
+    So a header that the prelude includes can read the numbers and can define the types.
+    """
+
+    source: str  # a file of anyattn.cuda_src, for instance "forward_sm80.cu"
+    arch: str  # "sm_80", "sm_90a", ...
+    constants: tuple[tuple[str, int | bool | str], ...] = ()  # constexpr int, constexpr bool, or a type's name
+    prelude: str = ""  # further lines: #include, static_assert
+
+    def text(self) -> str:
+        """The lines generated in front of the source file, which line numbers in messages don't count."""
+        numbers = [
+            f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
+            for name, value in self.constants
+            if not isinstance(value, str)
+        ]
+        types = [f"using {name} = {value};" for name, value in self.constants if isinstance(value, str)]
+        return "\n".join([*numbers, self.prelude, *types, f'#line 1 "{self.source}"', ""])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes, as ptxas reports it."""
+
+    kernel: str
+    registers: int  # per thread
+    spill_bytes: int  # per thread, stores and loads
+    stack_bytes: int  # per thread
+    shared_bytes: int  # per block; what is asked for at launch comes on top
+
+
+@dataclass(frozen=True)
+class Cubin:
+    path: str
+    log: str  # the compiler's, which holds warnings on success too
+    seconds: float  # the compiler's; 0.0 when it came from the disk
+
+    def resources(self) -> list[Resources]:
+        """One entry a kernel of the file."""
+        return [_resources(part) for part in self.log.split("Compiling entry function")[1:]]
+
+    def warnings(self) -> list[str]:
+        """The compiler's warnings and performance advisories, one line each."""
+        lines = (re.sub(r"^ptxas info\s*: ", "", line) for line in self.log.splitlines())
+        return [line for line in lines if re.search(r"\bwarning\s*[#:]|\(C\d{4}\)", line)]
+
+
+@functools.cache
+def cubin(spec: Spec) -> Cubin:
+    """The compiled kernel: from memory, else from the disk cache, else from NVRTC.
+
+    Safe with many processes at once; a file that was truncated or changed is built anew.
+    Raises CompileError when NVRTC is missing, doesn't know the architecture, or refuses the source.
+    """
+    key = _key(spec)
+    folder = cache_dir()
+    if found := _load(folder, key):
+        return found
+    start = time.perf_counter()
+    code, log = _compile(spec)
+    seconds = time.perf_counter() - start
+    try:
+        path = _store(folder, key, code, log)
+    except OSError as error:
+        path = _store(_temporary_cache(f"{folder}: {error.strerror}"), key, code, log)
+    return Cubin(path, log, seconds)
+
+
+def cache_dir() -> Path:
+    """$ANYATTN_CACHE, or `anyattn` in the user's cache folder of the platform. It need not exist yet."""
+    if chosen := os.environ.get("ANYATTN_CACHE"):
+        return Path(chosen)
+    home = os.path.expanduser("~")
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
+    elif sys.platform == "darwin":
+        base = os.path.join(home, "Library", "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    return Path(base, "anyattn")
+
+
+@functools.cache
+def nvrtc_version() -> tuple[int, int]:
+    """(major, minor) of the NVRTC that would compile. Raises CompileError when there is none."""
+    import ctypes
+
+    try:
+        # The search that cuda.bindings does itself, without the rest of it.
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        library = ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CompileError(
+            f"NVRTC, the run-time compiler of CUDA, was not found ({reason}). Install it: {INSTALL}"
+        ) from error
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def driver_problem(driver_version: int) -> str | None:
+    """Why cubins built here would not load on a driver, or None.
+
+    driver_version: CUDA's own number, 1000 * major + 10 * minor (cuDriverGetVersion). A driver loads the cubins of its
+    own CUDA major version, whatever the minor one, and of older ones. Raises CompileError when there is no NVRTC.
+    """
+    major, minor = nvrtc_version()
+    supported = driver_version // 1000
+    if major <= supported:
+        return None
+    return (
+        f"NVRTC {major}.{minor} builds kernels that this driver (CUDA {supported}.{driver_version % 1000 // 10}) "
+        f"cannot load. Install an NVRTC of the driver's major version: pip install 'anyattn[cuda{supported}]' "
+        f"in place of the packages for CUDA {major}, or update the driver"
+    )
+
+
+@functools.cache
+def _source_dir() -> Path:
+    """The folder of the CUDA sources, in a checkout as in an installed package."""
+    # What importlib.resources.files() would find, without the 15 ms of importing it.
+    return Path(importlib.import_module("anyattn.cuda_src").__path__[0])
+
+
+def _included(text: str, known: dict[str, str]) -> dict[str, str]:
+    """Adds to `known` every header that the text includes, directly or not: name -> text."""
+    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
+        if name not in known:
+            known[name] = (_source_dir() / name).read_text(encoding="utf-8")
+            _included(known[name], known)
+    return known
+
+
+def _key(spec: Spec) -> str:
+    front = spec.text()
+    source = (_source_dir() / spec.source).read_text(encoding="utf-8")
+    headers = sorted(_included(front + source, {}).items())
+    parts = (front, source, headers, OPTIONS, spec.arch, nvrtc_version())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _compile(spec: Spec) -> tuple[bytes, str]:
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise CompileError(
+            f"compiling a kernel needs cuda.core and cuda.bindings ({error}). Install them: {INSTALL}"
+        ) from error
+    source = (_source_dir() / spec.source).read_text(encoding="utf-8")
+    options = ProgramOptions(name=spec.source, arch=spec.arch, include_path=str(_source_dir()), **OPTIONS)
+    log = io.StringIO()
+    try:
+        built = Program(spec.text() + source, "c++", options).compile("cubin", logs=log)
+    except (
+        Exception
+    ) as error:  # cuda.core's own class moved between its versions; every one of them means the same here
+        version = "{}.{}".format(*nvrtc_version())
+        if "gpu-architecture" in str(error):
+            raise CompileError(
+                f"NVRTC {version} is too old for {spec.arch}. Install a newer one: "
+                "pip install --upgrade nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for a CUDA 12 driver)"
+            ) from error
+        raise CompileError(f"NVRTC {version} could not compile {spec.source} for {spec.arch}:\n{error}") from error
+    return bytes(built.code), log.getvalue().strip("\0\n")
+
+
+# The cache holds two files an entry: KEY.json says which cubin belongs to the key and keeps the compiler's log; the
+# cubin is named by its own checksum. So processes that race write either the same bytes or different names, and the
+# JSON file, which comes last, never points at half a cubin.
+
+
+def _load(folder: Path, key: str) -> Cubin | None:
+    try:
+        entry = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+        path = folder / f"{entry['sha256']}.cubin"
+        if hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]:
+            return Cubin(str(path), str(entry["log"]), 0.0)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _store(folder: Path, key: str, code: bytes, log: str) -> str:
+    checksum = hashlib.sha256(code).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{checksum}.cubin"
+    _write(path, code)
+    _write(folder / f"{key}.json", json.dumps({"sha256": checksum, "log": log}).encode())
+    return str(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@functools.cache
+def _temporary_cache(reason: str) -> Path:
+    """A private folder that lives as long as the process."""
+    folder = tempfile.mkdtemp(prefix="anyattn-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _log.warning(
+        "the kernel cache is not writable (%s): kernels go to %s and are built anew by every process. "
+        "Set ANYATTN_CACHE to a folder that is.",
+        reason,
+        folder,
+    )
+    return Path(folder)
+
+
+def _resources(log: str) -> Resources:
+    """One kernel's part of the log, which starts right after "Compiling entry function"."""
+
+    def number(pattern: str) -> int:
+        return sum(map(int, re.findall(pattern, log)))  # functions that were not inlined have lines of their own
+
+    name = re.search(r"'([^']+)'", log)
+    return Resources(
+        kernel=name[1] if name else "",
+        registers=number(r"Used (\d+) registers"),
+        spill_bytes=number(r"(\d+) bytes spill"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
+        shared_bytes=number(r"(\d+) bytes smem"),
+    )
