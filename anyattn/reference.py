@@ -22,13 +22,13 @@ import numpy.typing as npt
 
 from anyattn.dropout import keep_mask
 
-Float64s: TypeAlias = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 Window: TypeAlias = "int | tuple[int | None, int | None] | None"
 
 
 @dataclass(frozen=True)
-class _Head:
-    """One head of one sequence: everything between its inputs and its probabilities."""
+class Head:
+    """One head of one sequence: the formulas."""
 
     scale: float
     softcap: float | None
@@ -40,16 +40,21 @@ class _Head:
     batch: int
     head: int
 
-    def probabilities(self, q: Float64s, k: Float64s) -> tuple[Float64s, Float64s, Float64s, Float64s]:
+    def stored(self, x: Any) -> Any:
+        """The identity. A subclass that rounds here shows what storing each matrix in a low precision costs."""
+        return x
+
+    def probabilities(self, q: Floats, k: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """Return P, the dropout factor Z, ds/dx (all (S_q, S_k)) and the LSE (S_q,)."""
         seqlen_q, seqlen_k = len(q), len(k)
         position = np.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q)
         key = np.arange(seqlen_k)[None, :]
-        s, slope_of_cap = self.scale * (q @ k.T), np.ones((seqlen_q, seqlen_k))
+        s = self.stored(self.scale * (q @ k.T))
+        slope_of_cap = np.ones_like(s)
         if self.softcap is not None:
             tanh = np.tanh(s / self.softcap)
-            s, slope_of_cap = self.softcap * tanh, 1.0 - tanh * tanh
-        s = s - self.slope * np.abs(position - key)
+            s, slope_of_cap = self.stored(self.softcap * tanh), 1.0 - tanh * tanh
+        s = self.stored(s - self.slope * np.abs(position - key))
         s[(key < position - self.left) | (key > position + self.right)] = -np.inf
 
         highest = s.max(axis=1, initial=-np.inf)
@@ -58,21 +63,26 @@ class _Head:
         total = weights.sum(axis=1)
         with np.errstate(divide="ignore"):
             lse = shift + np.log(total)
-        p = weights / np.where(total > 0.0, total, 1.0)[:, None]
-        z = np.ones((seqlen_q, seqlen_k))
+        p = self.stored(weights / np.where(total > 0.0, total, 1.0)[:, None])
+        z = np.ones_like(s)
         if self.dropout:
             z *= keep_mask(self.seed, self.dropout, self.batch, self.head, range(seqlen_q), range(seqlen_k))
         return p, z / (1.0 - self.dropout), slope_of_cap, lse
 
-    def forward(self, q: Float64s, k: Float64s, v: Float64s) -> tuple[Float64s, Float64s]:
+    def forward(self, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats]:
+        """Return out (S_q, D_v) and the LSE (S_q,)."""
+        q, k, v = map(self.stored, (q, k, v))
         p, z, _, lse = self.probabilities(q, k)
-        return (p * z) @ v, lse
+        return self.stored(self.stored(p * z) @ v), lse
 
-    def backward(self, dout: Float64s, q: Float64s, k: Float64s, v: Float64s) -> tuple[Float64s, Float64s, Float64s]:
+    def backward(self, dout: Floats, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return dq, dk and dv."""
+        dout, q, k, v = map(self.stored, (dout, q, k, v))
         p, z, slope_of_cap, _ = self.probabilities(q, k)
-        dp = (dout @ v.T) * z
-        dx = p * (dp - (p * dp).sum(axis=1, keepdims=True)) * slope_of_cap
-        return self.scale * (dx @ k), self.scale * (dx.T @ q), (p * z).T @ dout
+        dp = self.stored(dout @ v.T) * z
+        dx = self.stored(p * (dp - (p * dp).sum(axis=1, keepdims=True)) * slope_of_cap)
+        dv = self.stored(p * z).T @ dout
+        return self.stored(self.scale * (dx @ k)), self.stored(self.scale * (dx.T @ q)), self.stored(dv)
 
 
 def _heads(
@@ -88,8 +98,9 @@ def _heads(
     alibi_slopes: Any = None,
     dropout: float = 0.0,
     seed: int | None = None,
-) -> Iterator[tuple[int, int, int, _Head]]:
-    """Yield (sequence, query head, the K/V head it reads, its rule)."""
+    head_type: type[Head] = Head,
+) -> Iterator[tuple[int, int, int, Head]]:
+    """Yield (sequence, query head, the K/V head it reads, its formulas)."""
     bounds = window if isinstance(window, tuple) else (window, window)
     left, right = (math.inf if bound is None or bound < 0 else float(bound) for bound in bounds)
     if causal:
@@ -100,11 +111,11 @@ def _heads(
         scale = 1.0 / math.sqrt(head_dim)
     for b in range(sequences):
         for h in range(heads):
-            rule = _Head(scale, softcap, left, right, dropout, seed or 0, float(slopes[b, h]), b, h)
-            yield b, h, h * heads_kv // heads, rule
+            head = head_type(scale, softcap, left, right, dropout, seed or 0, float(slopes[b, h]), b, h)
+            yield b, h, h * heads_kv // heads, head
 
 
-def _bhsd(x: Any, layout: str) -> Float64s:
+def _bhsd(x: Any, layout: str) -> Floats:
     """A (batch, heads, sequence, dim) float64 view or copy of a 2-D to 4-D array in `layout`."""
     array = np.asarray(x).astype(np.float64)
     if array.ndim == 2:
@@ -114,21 +125,22 @@ def _bhsd(x: Any, layout: str) -> Float64s:
     return array.swapaxes(1, 2) if layout == "bshd" else array
 
 
-def _restored(x: Float64s, ndim: int, layout: str) -> Float64s:
+def _restored(x: Floats, ndim: int, layout: str) -> Floats:
     """The inverse of `_bhsd`."""
     if layout == "bshd":
         x = x.swapaxes(1, 2)
     return x.reshape(x.shape[4 - ndim :]) if ndim > 2 else x.reshape(-1, x.shape[-1])
 
 
-def attention(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> tuple[Float64s, Float64s]:
+def attention(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -> tuple[Floats, Floats]:
     """Exact attention, straight from the formulas.
 
     Args:
         q, k, v: arrays of any real dtype, (B, S, H, D) for "bshd", (B, H, S, D) for "bhsd", 3-D without the batch, 2-D
             (S, D) for one head. K and V may have fewer heads (H % H_kv == 0) and V another head dim.
         layout: "bshd" or "bhsd".
-        options: causal, window, scale, softcap, alibi_slopes, dropout and seed, as in `anyattn.attention`.
+        options: causal, window, scale, softcap, alibi_slopes, dropout and seed, as in `anyattn.attention`; head_type
+            replaces the formulas by a subclass of `Head`.
 
     Returns:
         out in float64 in the layout of q, and the natural-log LSE (B, H, S_q), (H, S_q) or (S_q,).
@@ -136,19 +148,19 @@ def attention(q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any) -
     qs, ks, vs = (_bhsd(x, layout) for x in (q, k, v))
     batch, heads, seqlen_q, head_dim = qs.shape
     out, lse = np.zeros((batch, heads, seqlen_q, vs.shape[-1])), np.zeros((batch, heads, seqlen_q))
-    for b, h, h_kv, rule in _heads(batch, heads, ks.shape[1], head_dim, **options):
-        out[b, h], lse[b, h] = rule.forward(qs[b, h], ks[b, h_kv], vs[b, h_kv])
+    for b, h, h_kv, head in _heads(batch, heads, ks.shape[1], head_dim, **options):
+        out[b, h], lse[b, h] = head.forward(qs[b, h], ks[b, h_kv], vs[b, h_kv])
     return _restored(out, np.ndim(q), layout), lse.reshape(lse.shape[4 - np.ndim(q) :])
 
 
 def attention_backward(
     dout: Any, q: Any, k: Any, v: Any, *, layout: str = "bshd", **options: Any
-) -> tuple[Float64s, Float64s, Float64s]:
+) -> tuple[Floats, Floats, Floats]:
     """The gradients of sum(dout * out) with respect to q, k and v, in float64; arguments as in `attention`."""
     douts, qs, ks, vs = (_bhsd(x, layout) for x in (dout, q, k, v))
     dq, dk, dv = np.zeros_like(qs), np.zeros_like(ks), np.zeros_like(vs)
-    for b, h, h_kv, rule in _heads(len(qs), qs.shape[1], ks.shape[1], qs.shape[-1], **options):
-        dq[b, h], dk_head, dv_head = rule.backward(douts[b, h], qs[b, h], ks[b, h_kv], vs[b, h_kv])
+    for b, h, h_kv, head in _heads(len(qs), qs.shape[1], ks.shape[1], qs.shape[-1], **options):
+        dq[b, h], dk_head, dv_head = head.backward(douts[b, h], qs[b, h], ks[b, h_kv], vs[b, h_kv])
         dk[b, h_kv] += dk_head
         dv[b, h_kv] += dv_head
     ndim = np.ndim(q)
@@ -157,33 +169,33 @@ def attention_backward(
 
 def attention_varlen(
     q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any
-) -> tuple[Float64s, Float64s]:
+) -> tuple[Floats, Floats]:
     """`attention` of sequences packed one after the other.
 
     Args:
         q, k, v: (total_q, H, D), (total_k, H_kv, D), (total_k, H_kv, D_v).
-        cu_seqlens_q, cu_seqlens_k: (sequences + 1,) integers; sequence b holds the rows cu_seqlens[b]:cu_seqlens[b + 1].
+        cu_seqlens_q, cu_seqlens_k: (N + 1,) integers: sequence b holds the rows cu_seqlens[b]:cu_seqlens[b + 1].
 
     Returns:
         out (total_q, H, D_v) and the LSE (H, total_q), in float64.
     """
     qs, ks, vs = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     out, lse = np.zeros((*qs.shape[:2], vs.shape[-1])), np.zeros((qs.shape[1], qs.shape[0]))
-    for b, h, h_kv, rule in _heads(len(cu_seqlens_q) - 1, qs.shape[1], ks.shape[1], qs.shape[-1], **options):
+    for b, h, h_kv, head in _heads(len(cu_seqlens_q) - 1, qs.shape[1], ks.shape[1], qs.shape[-1], **options):
         i, j = slice(*cu_seqlens_q[b : b + 2]), slice(*cu_seqlens_k[b : b + 2])
-        out[i, h], lse[h, i] = rule.forward(qs[i, h], ks[j, h_kv], vs[j, h_kv])
+        out[i, h], lse[h, i] = head.forward(qs[i, h], ks[j, h_kv], vs[j, h_kv])
     return out, lse
 
 
 def attention_varlen_backward(
     dout: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, **options: Any
-) -> tuple[Float64s, Float64s, Float64s]:
+) -> tuple[Floats, Floats, Floats]:
     """The gradients of `attention_varlen`, in float64."""
     douts, qs, ks, vs = (np.asarray(x).astype(np.float64) for x in (dout, q, k, v))
     dq, dk, dv = np.zeros_like(qs), np.zeros_like(ks), np.zeros_like(vs)
-    for b, h, h_kv, rule in _heads(len(cu_seqlens_q) - 1, qs.shape[1], ks.shape[1], qs.shape[-1], **options):
+    for b, h, h_kv, head in _heads(len(cu_seqlens_q) - 1, qs.shape[1], ks.shape[1], qs.shape[-1], **options):
         i, j = slice(*cu_seqlens_q[b : b + 2]), slice(*cu_seqlens_k[b : b + 2])
-        dq[i, h], dk_head, dv_head = rule.backward(douts[i, h], qs[i, h], ks[j, h_kv], vs[j, h_kv])
+        dq[i, h], dk_head, dv_head = head.backward(douts[i, h], qs[i, h], ks[j, h_kv], vs[j, h_kv])
         dk[j, h_kv] += dk_head
         dv[j, h_kv] += dv_head
     return dq, dk, dv

@@ -1,0 +1,1 @@
+"""The test suite, and what the benchmarks share with it (cases, naive)."""
