@@ -1,1 +1,1 @@
-"""The CUDA C++ sources, as a package so that they are found wherever anyattn is installed."""
+"""The CUDA C++ sources, as package data; README.md beside this file gives the reading order."""

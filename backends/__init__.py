@@ -1,0 +1,1 @@
+"""One adapter per array library; :mod:`anyattn.api` imports the one the caller's arrays come from."""
