@@ -1,0 +1,265 @@
+"""The command line: `anyattn info`, `anyattn compile`, `anyattn demo`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import anyattn
+from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+# wgmma.wait_group moved by the compiler: wanted where it stands (the kernel says why). The other C75xx mean that
+# it gave up on overlapping tensor-core products.
+HARMLESS = "(C7517)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="anyattn", description="Exact attention for every array library.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("demo", help="run every array library found, and check it against the reference")
+    command.set_defaults(run=lambda options: demo())
+
+    command = commands.add_parser("info", help="versions, GPUs, cache folder")
+    command.add_argument("--json", action="store_true", help="for programs")
+    command.set_defaults(run=lambda options: info(as_json=options.json))
+
+    command = commands.add_parser("compile", help="build the default kernels into the cache; needs no GPU")
+    command.add_argument(
+        "--arch",
+        type=_architectures,
+        default=ARCHITECTURES,
+        metavar="ARCH,...",
+        help=f"architectures (default: {','.join(ARCHITECTURES)})",
+    )
+    command.add_argument(
+        "--report", type=Path, metavar="FILE.json", help="write what the table shows, and the warnings"
+    )
+    command.set_defaults(run=lambda options: compile_kernels(options.arch, options.report))
+
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------------------- info
+
+
+def info(as_json: bool = False) -> int:
+    """Prints what a bug report needs."""
+    facts = gather()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    rows = [("anyattn", facts["anyattn"]), ("Python", facts["python"]), ("platform", facts["platform"])]
+    rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
+    rows += [("NVRTC", facts["nvrtc"] or "not found"), ("CUDA driver", facts["driver"] or "not found")]
+    rows += [(f"GPU {i}", "{name}, {arch}, {memory_gib} GiB".format(**gpu)) for i, gpu in enumerate(facts["gpus"])]
+    rows += [("GPU path", facts["gpu_problem"] or "works")]
+    rows += [("kernel cache", "{folder} ({kernels} kernels, {mib} MiB)".format(**facts["cache"]))]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def gather() -> dict[str, Any]:
+    """The facts of `info`: versions (None = absent), GPUs, why the GPU path doesn't work (None = it does), cache."""
+    from anyattn import launch
+
+    try:
+        nvrtc = "{}.{}".format(*nvrtc_version())
+    except CompileError:
+        nvrtc = None
+    driver, gpus = _gpus()
+    kernels = [path.stat().st_size for path in cache_dir().glob("*.cubin")]
+    return {
+        "anyattn": anyattn.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(*found) for name, found in PACKAGES.items()},
+        "nvrtc": nvrtc,
+        "driver": driver,
+        "gpus": gpus,
+        "gpu_problem": launch.available(),
+        "cache": {"folder": str(cache_dir()), "kernels": len(kernels), "mib": round(sum(kernels) / 2**20, 1)},
+    }
+
+
+PACKAGES = {
+    "NumPy": ["numpy"],
+    "CuPy": ["cupy-cuda13x", "cupy-cuda12x", "cupy"],
+    "PyTorch": ["torch"],
+    "JAX": ["jax"],
+    "cuda-core": ["cuda-core"],
+    "cuda-bindings": ["cuda-bindings"],
+    "ml_dtypes": ["ml_dtypes"],
+}
+
+
+def _version(*distributions: str) -> str | None:
+    """The version of the first of these that is installed, without importing it."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _gpus() -> tuple[str | None, list[dict[str, Any]]]:
+    """The driver's CUDA version and its GPUs, through CuPy; (None, []) when there is no CuPy or no driver."""
+    try:
+        from cupy.cuda import runtime
+
+        driver = runtime.driverGetVersion()
+        count = runtime.getDeviceCount()
+    except Exception:  # CuPy's own class needs a CuPy that imports, and any failure means the same here
+        return None, []
+    properties = [runtime.getDeviceProperties(i) for i in range(count)]
+    return f"{driver // 1000}.{driver % 1000 // 10}", [
+        {
+            "name": p["name"].decode(),
+            "arch": f"sm_{p['major']}{p['minor']}",
+            "memory_gib": round(p["totalGlobalMem"] / 2**30),
+        }
+        for p in properties
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- compile
+
+
+def compile_kernels(architectures: Sequence[str], report: Path | None = None) -> int:
+    """Builds every default kernel. Returns 1 if one does not compile, spills, or serialises its matrix products."""
+    from anyattn import plan
+
+    specs = [spec for arch in architectures for spec in plan.default_specs(arch)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {pool.submit(cubin, spec): spec for spec in specs}
+        done = [(futures[future], future) for future in _progress(as_completed(futures), len(futures), "compiling")]
+    done.sort(key=lambda pair: specs.index(pair[0]))
+
+    rows = [row for spec, future in done for row in _kernel_rows(spec, future)]
+    columns = ["kernel", "arch", "constants", "registers", "spill bytes", "shared bytes", "warnings", "seconds"]
+    _print_table(columns, [[_cell(row[column.replace(" ", "_")]) for column in columns] for row in rows])
+    faulty = [row for row in rows if row["faults"]]
+    for row in faulty:
+        print(f"\n{row['kernel']} {row['arch']} ({_cell(row['constants'])}): " + "\n  ".join(row["faults"]))
+    print(f"\n{len(rows)} kernels, {len(faulty)} faulty, in {cache_dir()}")
+
+    if report:
+        facts = {"anyattn": anyattn.__version__, "nvrtc": "{}.{}".format(*nvrtc_version()), "kernels": rows}
+        report.write_text(json.dumps(facts, indent=1) + "\n")
+    return 1 if faulty else 0
+
+
+def _kernel_rows(spec: Spec, future: Future[Cubin]) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of a file, or one that says why the file could not be compiled."""
+    row: dict[str, Any] = {"kernel": spec.source, "arch": spec.arch, "constants": dict(spec.constants)}
+    try:
+        built = future.result()
+    except CompileError as error:
+        numbers = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "seconds"))
+        yield {**row, **numbers, "warnings": [], "faults": [str(error)]}
+        return
+    for kernel in built.resources():
+        warnings = [w for w in built.warnings() if "function '" not in w or f"'{kernel.kernel}'" in w]
+        spills = [f"spills {kernel.spill_bytes} bytes"] if kernel.spill_bytes else []
+        yield {
+            **row,
+            "kernel": kernel.kernel,
+            "registers": kernel.registers,
+            "spill_bytes": kernel.spill_bytes,
+            # What the kernel declares and what the launch adds, which the specification knows.
+            "shared_bytes": kernel.shared_bytes + int(dict(spec.constants).get("SHARED_BYTES", 0)),
+            "warnings": warnings,
+            "seconds": round(built.seconds, 2),
+            "faults": spills + [w for w in warnings if re.match(r"\(C75\d\d\)", w) and not w.startswith(HARMLESS)],
+        }
+
+
+def _architectures(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
+            raise argparse.ArgumentTypeError(f"{name!r} is no architecture; needed: names such as sm_80 or sm_90a")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+def demo() -> int:
+    """Forward and backward on each library found, checked and timed. Returns 1 if an error is too large."""
+    from anyattn import demo
+
+    subjects, hints = demo.find_subjects()
+    rows = []
+    failures = 0
+    for subject in subjects:
+        for result in demo.measure(subject):
+            failures += not result.good
+            rows.append(
+                [
+                    subject.library,
+                    subject.device,
+                    subject.dtype,
+                    "x".join(map(str, subject.shape)),
+                    result.direction,
+                    f"{result.error:.1e}" + ("" if result.good else " TOO LARGE"),
+                    f"{result.seconds * 1e3:.3g} ms",
+                    f"{result.flops / result.seconds / 1e12:.3g}",
+                ]
+            )
+    _print_table(["library", "device", "dtype", "shape (BxSxHxD)", "pass", "error", "time", "TFLOP/s"], rows)
+    print("\nCausal attention. Errors are against the float64 reference, relative to its largest entry.")
+    if hints:
+        print("\nTo get more:", *hints, sep="\n  ")
+    return 1 if failures else 0
+
+
+# -------------------------------------------------------------------------------------------------------------- output
+
+
+def _progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
+    """Passes the items on behind a progress bar on the error stream: rich's where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        for count, item in enumerate(items, 1):
+            filled = 40 * count // total
+            end = "\n" if count == total else ""
+            print(
+                f"\r{title} [{'#' * filled}{'.' * (40 - filled)}] {count}/{total}", end=end, file=sys.stderr, flush=True
+            )
+            yield item
+    else:
+        yield from track(items, title, total, console=Console(stderr=True))
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={item}" for name, item in value.items())
+    if isinstance(value, list):
+        return str(len(value))
+    return "-" if value is None else str(value)
