@@ -1,0 +1,199 @@
+"""From a plan to the GPU: cubins loaded as cupy.RawModule, one Params struct, launches on the caller's device and stream.
+
+Everything here takes raw device pointers; who allocated them does not matter. Calls are asynchronous.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anyattn import compile as compiler
+from anyattn import plan
+from anyattn.plan import Device, Plan, UnsupportedError
+from anyattn.problem import BackwardProblem, Problem
+
+__all__ = ["PARAMS", "PRELUDE", "UnsupportedError", "available", "backward", "device", "forward", "workspace_bytes"]
+
+POINTERS = (
+    "q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv", "dq_accum", "delta", "tickets", "alibi_slopes",
+    "cu_seqlens_q", "cu_seqlens_k", "seed",
+)  # fmt: skip
+_STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "dq_accum")
+
+# cuda_src/params.cuh in the same order; the prelude below makes the compiler check it.
+PARAMS = np.dtype(
+    [
+        *((name, np.uint64) for name in POINTERS),
+        *((f"{name}_strides", np.int64, 4) for name in _STRIDES),
+        *((name, np.int64) for name in ("lse_batch", "lse_head", "lse_row", "alibi_batch", "alibi_head")),
+        *((name, np.float64) for name in ("scale", "softcap", "keep_scale")),
+        ("drop_below", np.uint32),
+        *((name, np.int32) for name in ("batch", "heads", "group", "seqlen_q", "seqlen_k", "total_q", "total_k")),
+        *((name, np.int32) for name in ("left", "right", "row_blocks", "key_blocks")),
+    ],
+    align=True,
+)
+_FIELDS = PARAMS.fields or {}
+PRELUDE = "\n".join(
+    [
+        '#include "element.cuh"',
+        '#include "params.cuh"',
+        f"static_assert(sizeof(Params) == {PARAMS.itemsize});",
+        *(f"static_assert(__builtin_offsetof(Params, {name}) == {offset});" for name, (_, offset, *_) in _FIELDS.items()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A plan whose kernels are loaded: what is left to do for a call is to fill in the pointers."""
+
+    plan: Plan
+    launches: tuple[Callable[..., None], ...]  # CuPy functions with grid, block and shared memory bound
+    params: np.ndarray[Any, Any]  # one record, pointers empty
+    device: int
+
+
+def forward(
+    problem: Problem, q: int, k: int, v: int, out: int, lse: int, stream: int,
+    *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0,
+) -> None:  # fmt: skip
+    """Launch the forward kernel of a problem on a stream (a CUstream handle; 0 is the legacy default stream).
+
+    All arguments but seed are device pointers of arrays as the problem describes them; lse takes (batch, heads, rows).
+    Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
+    """
+    prepared = _prepare_forward(problem)
+    _launch(prepared, (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, 0, alibi, cu_seqlens_q, cu_seqlens_k, seed), stream)
+
+
+def backward(
+    bp: BackwardProblem, dout: int, q: int, k: int, v: int, out: int, lse: int, dq: int, dk: int, dv: int,
+    workspace: int, stream: int,
+    *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0,
+) -> None:  # fmt: skip
+    """Launch the backward kernels. `workspace` points to workspace_bytes(bp) bytes, 256-byte aligned, of any content."""
+    prepared = _prepare_backward(bp)
+    parts = prepared.plan
+    dq_accum = workspace + parts.delta_bytes if parts.dq_accum_bytes else dq
+    tickets = workspace + parts.delta_bytes + parts.dq_accum_bytes
+    pointers = (q, k, v, dout, out, lse, dq, dk, dv, dq_accum, workspace, tickets, alibi, cu_seqlens_q, cu_seqlens_k)
+    _launch(prepared, (*pointers, seed), stream)
+
+
+def workspace_bytes(bp: BackwardProblem) -> int:
+    """Device memory, in bytes, that backward() needs besides its arguments."""
+    return plan.backward(bp, device(bp.problem.device)).workspace_bytes
+
+
+@functools.cache
+def available() -> str | None:
+    """None when the GPU path works on this machine; else the reason, with what to install."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy is not installed ({error}): pip install 'anyattn[cuda13]' (or 'anyattn[cuda12]' for a CUDA 12 driver)"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+        driver = cupy.cuda.runtime.driverGetVersion()
+    except Exception as error:  # CuPy raises its own class, which exists only where its libraries load
+        return f"no NVIDIA GPU is usable here ({error})"
+    if count == 0:
+        return "there is no NVIDIA GPU here"
+    try:
+        device(0)
+        return compiler.driver_problem(driver)
+    except (compiler.CompileError, UnsupportedError) as error:
+        return str(error)
+
+
+@functools.cache
+def device(ordinal: int) -> Device:
+    """What plan needs to know of a GPU. Raises UnsupportedError when it is older than sm_80."""
+    import cupy
+
+    attributes = cupy.cuda.Device(ordinal).attributes
+    major, minor = attributes["ComputeCapabilityMajor"], attributes["ComputeCapabilityMinor"]
+    if major < 8:
+        raise UnsupportedError(
+            f"GPU {ordinal} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer: "
+            "use backend='cpu' on host arrays"
+        )
+    arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+    return Device(arch, attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+# ------------------------------------------------------------------------------------------------ behind the cache
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_forward(problem: Problem) -> _Prepared:
+    chosen = plan.forward(problem, device(problem.device))
+    return _prepare(problem, chosen, _params(problem, chosen))
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_backward(bp: BackwardProblem) -> _Prepared:
+    chosen = plan.backward(bp, device(bp.problem.device))
+    params = _params(bp.problem, chosen)
+    for name in ("dout", "out", "dq", "dk", "dv"):
+        params[f"{name}_strides"] = getattr(bp, f"{name}_strides")
+    params["dq_accum_strides"] = chosen.dq_accum_strides
+    params["lse_batch"], params["lse_head"], params["lse_row"] = bp.lse_strides
+    return _prepare(bp.problem, chosen, params)
+
+
+def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
+    params = np.zeros((), PARAMS)
+    for name in ("q", "k", "v", "out"):
+        params[f"{name}_strides"] = getattr(problem, f"{name}_strides")
+    params["lse_batch"], params["lse_head"], params["lse_row"] = problem.lse_strides
+    params["alibi_batch"], params["alibi_head"] = problem.alibi_strides
+    for name in ("scale", "softcap", "batch", "heads", "seqlen_q", "seqlen_k", "total_q", "total_k"):
+        params[name] = getattr(problem, name)
+    params["group"] = problem.heads // problem.heads_kv
+    params["left"], params["right"] = (min(side, 2**30 - 1) for side in (problem.left, problem.right))
+    params["keep_scale"] = 1.0 / (1.0 - problem.dropout)
+    params["drop_below"] = int(problem.dropout * 2**32)
+    params["row_blocks"], params["key_blocks"] = chosen.row_blocks, chosen.key_blocks
+    return params
+
+
+def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _Prepared:
+    launches = []
+    for kernel in chosen.kernels:
+        function = _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device)
+        launches.append(functools.partial(_call, function, (kernel.grid,), (kernel.threads,), kernel.shared_bytes))
+    return _Prepared(chosen, tuple(launches), params, problem.device)
+
+
+@functools.cache
+def _function(path: str, name: str, shared_bytes: int, ordinal: int) -> Any:
+    """A kernel loaded on a device, allowed its shared memory."""
+    import cupy
+
+    with cupy.cuda.Device(ordinal):
+        kernel = cupy.RawModule(path=path).get_function(name)
+        if shared_bytes > 48 << 10:
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+        return kernel
+
+
+def _call(kernel: Any, grid: tuple[int], block: tuple[int], shared_bytes: int, args: tuple[Any, ...], stream: Any) -> None:
+    kernel(grid, block, args, shared_mem=shared_bytes, stream=stream)
+
+
+def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
+    import cupy
+
+    params = prepared.params.copy()
+    params.view(np.uint64)[..., : len(pointers)] = pointers
+    args = (params[()],)
+    with cupy.cuda.Device(prepared.device), cupy.cuda.ExternalStream(stream) as external:
+        for launch in prepared.launches:
+            launch(args, external)

@@ -1,0 +1,214 @@
+// Attention backward on tensor cores of sm_80 and later: FlashAttention-2, algorithm 2.  backward_delta.cu runs before it.
+//
+//   for each block of BLOCK_N keys (one thread block):
+//     dK = dV = 0
+//     for each query head that shares these keys, for each block of BLOCK_M rows that sees some of them:
+//       S = Q K^T, dP = dO V^T
+//       P = exp(score(S) - LSE), dS = P * (dropout(dP) - delta) * score'(S)
+//       dV += dropout(P)^T dO, dK += dS^T Q
+//       dQ += dS K                      in global memory, where every block of keys adds its share
+//     write dK, dV
+//
+// P and dS go through shared memory, so each of the three kinds of product splits over the warps in the way that
+// reads least: S and dP in S_WARPS_M x S_WARPS_N parts, dK and dV in KV_WARPS_N x KV_WARPS_D, dQ in Q_WARPS_M x Q_WARPS_D.
+#include "band.cuh"
+#include "dropout.cuh"
+#include "gemm.cuh"
+#include "score.cuh"
+#include "sequence.cuh"
+
+using Accum = Traits<Element>::Accum;
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int K_STEP = Traits<Element>::K_STEP;
+constexpr int COLUMNS = 16 * (KV_WARPS_D > Q_WARPS_D ? KV_WARPS_D : Q_WARPS_D);  // head dims are padded to whole parts
+constexpr int D = (HEAD_DIM + COLUMNS - 1) / COLUMNS * COLUMNS, DV = (HEAD_DIM_V + COLUMNS - 1) / COLUMNS * COLUMNS;
+constexpr int S_ROWS = BLOCK_M / S_WARPS_M, S_KEYS = BLOCK_N / S_WARPS_N;
+constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLUMNS = DV / KV_WARPS_D;
+constexpr int Q_ROWS = BLOCK_M / Q_WARPS_M, Q_COLUMNS = D / Q_WARPS_D;
+static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0 && Q_ROWS % 16 == 0);
+static_assert(S_WARPS_M * S_WARPS_N <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS && Q_WARPS_M * Q_WARPS_D <= WARPS);
+
+using TileK = Tile<Element, BLOCK_N, D>;
+using TileV = Tile<Element, BLOCK_N, DV>;
+using TileQ = Tile<Element, BLOCK_M, D>;
+using TileO = Tile<Element, BLOCK_M, DV>;
+using TileP = Tile<Element, BLOCK_M, BLOCK_N>;
+constexpr int P_BYTES = (TileP::BYTES + 1023) / 1024 * 1024;
+static_assert(SHARED_BYTES >= TileK::BYTES + TileV::BYTES + STAGES * (TileQ::BYTES + TileO::BYTES) + 2 * P_BYTES);
+
+// This thread block's turn at a block of rows: sums are added in the order of the blocks of keys.
+struct Turn {
+  int* ticket;
+  int order;
+
+  __device__ __forceinline__ void wait() const {
+    if (threadIdx.x == 0)
+      while (load_acquire(ticket) != order) __nanosleep(64);
+    __syncthreads();
+  }
+  __device__ __forceinline__ void pass() const {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(ticket, 1);
+  }
+};
+
+// Writes a gradient out through a tile that no one else uses any more.
+template <int WIDTH, class T, int M, int N>
+__device__ __forceinline__ void store_gradient(const T& tile, const Accum (&acc)[M][N][4], Accum scale, const Rows<Element>& to, int first,
+                                               int part_row, int part_column, bool active) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (active) {
+#pragma unroll
+    for (int i = 0; i < M * N * 2; ++i) {
+      const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
+      tile.store_pair(part_row + 16 * m + 8 * half + lane / 4, part_column + 8 * n + lane % 4 * 2, acc[m][n][2 * half] * scale,
+                      acc[m][n][2 * half + 1] * scale);
+    }
+  }
+  __syncthreads();
+  for (int row = warp * 16; row < T::ROWS; row += WARPS * 16) store_rows<16, WIDTH>(tile, row, to, first + row, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const unsigned smem = shared_address(shared);
+  const TileK k_smem{smem};
+  const TileV v_smem{k_smem.base + TileK::BYTES};
+  const TileP p_smem{v_smem.base + TileV::BYTES}, ds_smem{p_smem.base + P_BYTES};
+  const unsigned stages = ds_smem.base + P_BYTES;
+  const auto q_smem = [=](int stage) { return TileQ{stages + stage * (TileQ::BYTES + TileO::BYTES)}; };
+  const auto dout_smem = [=](int stage) { return TileO{stages + stage * (TileQ::BYTES + TileO::BYTES) + TileQ::BYTES}; };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks: ascending order serves both.
+  const int block_n = blockIdx.x % p.key_blocks;
+  const int head_kv = blockIdx.x / p.key_blocks % (p.heads / p.group), batch = blockIdx.x / p.key_blocks / (p.heads / p.group);
+  const Sequence sequence(p, batch);
+  const int first_key = block_n * BLOCK_N;
+  if (first_key >= sequence.seqlen_k) return;
+
+  const Band band(p, sequence);
+  const Band::Blocks blocks = band.row_blocks(first_key, BLOCK_N, BLOCK_M);
+  const int count = max(0, blocks.end - blocks.begin), steps = count * p.group;  // heads of the group, one after another
+  const Accum scale = static_cast<Accum>(p.scale);
+
+  const auto load_rows = [&](int step) {
+    const int head = head_kv * p.group + step / count, first_row = (blocks.begin + step % count) * BLOCK_M, stage = step % STAGES;
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(q_smem(stage), sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head), first_row);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(dout_smem(stage), sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, head),
+                                               first_row);
+    copy_async_commit();
+  };
+
+  Accum dk[KV_KEYS / 16][K_COLUMNS / 8][4] = {}, dv[KV_KEYS / 16][V_COLUMNS / 8][4] = {};
+  const int s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
+  const int kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
+  const int q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
+  const bool s_active = warp < S_WARPS_M * S_WARPS_N, kv_active = warp < KV_WARPS_N * KV_WARPS_D, q_active = warp < Q_WARPS_M * Q_WARPS_D;
+
+  if (steps > 0) {
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head_kv), first_key);
+    load_rows(0);
+  }
+  for (int step = 0; step < steps; ++step) {
+    const int head = head_kv * p.group + step / count, block_m = blocks.begin + step % count, first_row = block_m * BLOCK_M, stage = step % STAGES;
+    copy_async_wait<0>();
+    __syncthreads();  // Q and dO are here, and everyone is done with the previous P and dS
+    if (STAGES == 2 && step + 1 < steps) load_rows(step + 1);
+
+    if (s_active) {
+      constexpr int M = S_ROWS / 16, N = S_KEYS / 8;
+      const Accum* const lse = static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, head);
+      const Accum* const delta = static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, head);
+      const int row0 = first_row + s_row + lane / 4, key0 = first_key + s_key + lane % 4 * 2;
+      Accum lse_rmem[M][2], delta_rmem[M][2];
+#pragma unroll
+      for (int i = 0; i < 2 * M; ++i) {
+        const int row = row0 + 8 * i;
+        const bool inside = row < sequence.seqlen_q;
+        const Accum x = inside ? lse[row * p.lse_row] * static_cast<Accum>(LOG2E) : minus_infinity<Accum>();
+        lse_rmem[i / 2][i % 2] = x == minus_infinity<Accum>() ? -x : x;  // a row that sees nothing: exp2(s - inf) = 0
+        delta_rmem[i / 2][i % 2] = inside ? delta[row] : 0;
+      }
+
+      Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_KEYS]
+      gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem(stage), s_row),
+                                SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
+      gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem(stage), s_row),
+                                 SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
+
+      const Score<Accum> score(p, band, batch, head);
+      const bool all_visible = band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N);
+const Dropout dropout(p, batch, head);
+      const Accum keep_scale = static_cast<Accum>(p.keep_scale);
+#pragma unroll
+      for (int i = 0; i < M * N; ++i) {  // four entries: rows r, r + 8 and keys c, c + 8
+        const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
+        bool keep[4] = {true, true, true, true};
+        if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
+          Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
+          const bool visible = all_visible || band.sees(row, key);
+          const Accum prob = visible ? exp2_fast(score.apply(x, row, key) * score.factor - lse_rmem[m][half]) : 0;
+          if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
+          y = visible ? prob * (y - delta_rmem[m][half]) * score.derivative(x) : 0;
+          x = keep[j] ? prob : 0;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < M * N * 2; ++i) {
+        const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
+        const int row = s_row + 16 * m + 8 * half + lane / 4, key = s_key + 8 * n + lane % 4 * 2;
+        p_smem.store_pair(row, key, s[m][n][2 * half], s[m][n][2 * half + 1]);
+        ds_smem.store_pair(row, key, dp[m][n][2 * half], dp[m][n][2 * half + 1]);
+      }
+    }
+    __syncthreads();  // P and dS are here
+
+    if (kv_active) {
+      constexpr int STEPS = BLOCK_M / K_STEP;
+      gemm<Element, STEPS>(dv, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(p_smem, kv_key),
+                           SharedOperand<Side::B, Major::MN, V_COLUMNS, TileO>(dout_smem(stage), kv_part * V_COLUMNS));
+      gemm<Element, STEPS>(dk, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(ds_smem, kv_key),
+                           SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(q_smem(stage), kv_part * K_COLUMNS));
+    }
+
+    Accum dq[Q_ROWS / 16][Q_COLUMNS / 8][4] = {};
+    if (q_active)
+      gemm<Element, BLOCK_N / K_STEP>(dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, q_row),
+                                      SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, q_part * Q_COLUMNS));
+    const Turn turn{p.tickets + (static_cast<long long>(batch) * p.heads + head) * p.row_blocks + block_m,
+                    block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
+    if constexpr (DETERMINISTIC) turn.wait();
+    if (q_active) {
+      const auto dq_accum = sequence.rows_q(static_cast<Accum*>(p.dq_accum), p.dq_accum_strides, head);
+#pragma unroll
+      for (int i = 0; i < Q_ROWS / 8; ++i) {
+        const int row = first_row + q_row + 8 * i + lane / 4;
+        if (row >= dq_accum.rows) break;
+        Accum* const to = dq_accum.origin + row * dq_accum.row_stride;
+#pragma unroll
+        for (int n = 0; n < Q_COLUMNS / 8; ++n)
+          add_global_pair<HEAD_DIM>(to, q_part * Q_COLUMNS + 8 * n + lane % 4 * 2, dq[i / 2][n][i % 2 * 2] * scale, dq[i / 2][n][i % 2 * 2 + 1] * scale);
+      }
+    }
+    if constexpr (DETERMINISTIC) turn.pass();
+
+    if (STAGES == 1 && step + 1 < steps) {
+      __syncthreads();  // everyone is done with Q and dO
+      load_rows(step + 1);
+    }
+  }
+
+  __syncthreads();  // K and V have served: their places take dK and dV
+  const auto dk_rows = sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, head_kv);
+  const auto dv_rows = sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, head_kv);
+  store_gradient<HEAD_DIM>(k_smem, dk, scale, dk_rows, first_key, kv_key, kv_part * K_COLUMNS, kv_active);
+  store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? static_cast<Accum>(p.keep_scale) : Accum(1), dv_rows, first_key, kv_key, kv_part * V_COLUMNS,
+                             kv_active);
+}

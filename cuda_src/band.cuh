@@ -1,0 +1,36 @@
+// Which keys a row sees: causal, sliding window and the number of keys, as one interval [low, high).
+#pragma once
+#include "sequence.cuh"
+
+struct Band {
+  int left, right;  // of the row's own key position, which is row + offset (bottom-right alignment)
+  int offset, seqlen_q, seqlen_k;
+
+  __device__ __forceinline__ Band(const Params& p, const Sequence& s)
+      : left(p.left), right(p.right), offset(s.seqlen_k - s.seqlen_q), seqlen_q(s.seqlen_q), seqlen_k(s.seqlen_k) {}
+
+  __device__ __forceinline__ int low(int row) const { return max(0, row + offset - left); }
+  __device__ __forceinline__ int high(int row) const { return max(0, min(seqlen_k, row + offset + right + 1)); }
+  __device__ __forceinline__ bool sees(int row, int key) const { return key >= low(row) && key < high(row); }
+
+  // Both ends only grow from row to row.  Keys seen by some row, and by all rows, of [first, last]:
+  __device__ __forceinline__ bool all_see(int first, int last, int key_begin, int key_end) const {
+    return key_begin >= low(last) && key_end <= high(first);
+  }
+
+  // Blocks of keys that rows [first, first + count) may see: [begin, end).
+  struct Blocks {
+    int begin, end;
+  };
+  __device__ __forceinline__ Blocks key_blocks(int first, int count, int block) const {
+    const int last = min(first + count, seqlen_q) - 1;
+    return {low(first) / block, (high(last) + block - 1) / block};
+  }
+
+  // Blocks of rows that may see keys [first, first + count).
+  __device__ __forceinline__ Blocks row_blocks(int first, int count, int block) const {
+    const int begin = max(0, first - offset - right);
+    const int end = min(seqlen_q, min(first + count, seqlen_k) - 1 - offset + left + 1);
+    return {begin / block, (max(end, 0) + block - 1) / block};
+  }
+};

@@ -1,0 +1,176 @@
+// Products of tiles by one warp: acc += A B, operands in shared memory or, for A, in the accumulators of an earlier product.
+//
+// Wide elements (float, double) permute the depth: words 2t and 2t + 1 of a step take the places t and t + 4 of the
+// fragment (both operands alike, so the sum is the same).  Then a lane's accumulators are its A fragment as they
+// stand, and the words that it reads along a row are neighbours.
+#pragma once
+#include "ptx/mma.cuh"
+#include "tile.cuh"
+
+enum class Side { A, B };     // A: 16 rows of the result; B: 16 columns of it (two n8 products)
+enum class Major { K, MN };   // the direction that is contiguous in shared memory: the depth, or the result's
+
+template <class E>
+struct Fragment {
+  typename Traits<E>::Word w[4];
+};
+// float32 through TensorFloat-32 tensor cores: x = high + low, each with 11 significant bits.
+template <>
+struct Fragment<float> {
+  unsigned high[4], low[4];
+};
+
+__device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
+  high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;  // round to 10 stored bits, half away from zero
+  low = __float_as_uint(x - __uint_as_float(high));
+}
+
+template <class E>
+__device__ __forceinline__ Fragment<E> make_fragment(const typename Traits<E>::Word (&w)[4]) {
+  Fragment<E> f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(E) == 4)
+      split(w[i], f.high[i], f.low[i]);
+    else
+      f.w[i] = w[i];
+  }
+  return f;
+}
+
+// d0 and d1 are the accumulators of the first and the second eight columns of B.
+template <class E, class Accum>
+__device__ __forceinline__ void mma(Accum (&d0)[4], Accum (&d1)[4], const Fragment<E>& a, const Fragment<E>& b) {
+  if constexpr (sizeof(E) == 4) {  // low * low is below float32's precision; small terms first
+    mma_m16n8(d0, a.low, b.high[0], b.high[1], E{});
+    mma_m16n8(d1, a.low, b.high[2], b.high[3], E{});
+    mma_m16n8(d0, a.high, b.low[0], b.low[1], E{});
+    mma_m16n8(d1, a.high, b.low[2], b.low[3], E{});
+    mma_m16n8(d0, a.high, b.high[0], b.high[1], E{});
+    mma_m16n8(d1, a.high, b.high[2], b.high[3], E{});
+  } else {
+    mma_m16n8(d0, a.w, b.w[0], b.w[1], E{});
+    mma_m16n8(d1, a.w, b.w[2], b.w[3], E{});
+  }
+}
+
+// An operand in shared memory.  Along the result it starts at `start` (a multiple of 16) and is EXTENT elements long.
+template <Side SIDE, Major MAJOR, int EXTENT, class T>
+struct SharedOperand {
+  using E = typename T::Element;
+  static constexpr int K_STEP = Traits<E>::K_STEP;
+  static constexpr int EXTENT_BYTES = EXTENT * int(sizeof(E));
+  // Whether offsets within the extent and its start never meet in one chunk index, so that the start can go into the lane's address.
+  static constexpr bool FOLD = MAJOR == Major::K || T::PANEL % EXTENT_BYTES == 0 || EXTENT_BYTES % T::PANEL == 0;
+
+  unsigned lane_address, lane_address_odd;  // odd: the second of a pair of rows (wide elements, MN-major)
+  int start_byte;
+
+  __device__ __forceinline__ SharedOperand(const T& tile, int start) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int row0 = MAJOR == Major::K ? start : 0;
+    const int byte0 = MAJOR == Major::K ? 0 : start * int(sizeof(E));
+    start_byte = FOLD ? 0 : byte0;
+    const int folded = FOLD ? byte0 : 0;
+    if constexpr (IS_16BIT<E>) {
+      const bool tall = (SIDE == Side::A) == (MAJOR == Major::K);  // the second matrix lies below the first, not beside it
+      const int row = tall ? lane % 16 : lane % 8 + lane / 16 * 8;
+      const int chunk = tall ? lane / 16 : lane / 8 % 2;
+      lane_address = tile.address(row0 + row, folded + chunk * 16);
+    } else if constexpr (MAJOR == Major::K) {
+      lane_address = tile.address(row0 + g, 2 * t * int(sizeof(E)));
+    } else {
+      lane_address = tile.address(2 * t, folded + g * int(sizeof(E)));
+      lane_address_odd = tile.address(2 * t + 1, folded + g * int(sizeof(E)));
+    }
+  }
+
+  // `rows` is a multiple of 8 and `byte` of a lane's 32 or 64, so both leave the swizzle of the lane's own address as it is.
+  __device__ __forceinline__ unsigned at(unsigned lane, int rows, int byte) const {
+    if constexpr (!FOLD) byte += start_byte;
+    return (lane ^ (byte % T::PANEL)) + byte / T::PANEL * (T::ROWS * T::PANEL) + rows * T::PANEL;
+  }
+
+  // The fragment of 16 rows (or columns) `outer` and step `k`.
+  __device__ __forceinline__ Fragment<E> load(int outer, int k) const {
+    typename Traits<E>::Word w[4];
+    if constexpr (IS_16BIT<E>) {
+      if constexpr (MAJOR == Major::K)
+        load_matrices(w, at(lane_address, outer * 16, k * 32));
+      else
+        load_matrices_transposed(w, at(lane_address, k * 16, outer * 32));
+    } else if constexpr (MAJOR == Major::K) {
+      constexpr int SECOND = SIDE == Side::A ? 1 : 2, STEP = SIDE == Side::A ? 2 : 1;
+      load_shared_pair(w[0], w[STEP], at(lane_address, outer * 16, k * 8 * int(sizeof(E))));
+      load_shared_pair(w[SECOND], w[SECOND + STEP], at(lane_address, outer * 16 + 8, k * 8 * int(sizeof(E))));
+    } else {
+      constexpr int SECOND = SIDE == Side::A ? 1 : 2, STEP = SIDE == Side::A ? 2 : 1;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int byte = (outer * 16 + half * 8) * int(sizeof(E));
+        load_shared(w[half * SECOND], at(lane_address, k * 8, byte));
+        load_shared(w[half * SECOND + STEP], at(lane_address_odd, k * 8, byte));
+      }
+    }
+    return make_fragment<E>(w);
+  }
+};
+
+// Accumulators [M tiles of 16][N tiles of 8][4] of an earlier product as the A operand of the next, whose depth is their columns.
+template <class E, int M, int N>
+struct RegisterOperand {
+  const typename Traits<E>::Accum (&acc)[M][N][4];
+
+  __device__ __forceinline__ Fragment<E> load(int m, int k) const {
+    if constexpr (IS_16BIT<E>) {
+      const auto &left = acc[m][2 * k], &right = acc[m][2 * k + 1];
+      return {{pack(left[0], left[1], E{}), pack(left[2], left[3], E{}), pack(right[0], right[1], E{}), pack(right[2], right[3], E{})}};
+    } else {
+      const auto& c = acc[m][k];
+      const typename Traits<E>::Word w[4] = {c[0], c[2], c[1], c[3]};
+      return make_fragment<E>(w);
+    }
+  }
+};
+
+// acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps.
+template <class E, int K, int M, int N, class Accum, class OperandA, class OperandB>
+__device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b) {
+  if constexpr (sizeof(E) == 4) {
+    // TensorFloat-32 products truncate as they accumulate.  A fresh accumulator a call, added in float32, keeps that from
+    // growing with the sequence.
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      Accum fresh[M][2][4] = {};
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const Fragment<E> fragment_b = b.load(n / 2, k);
+#pragma unroll
+        for (int m = 0; m < M; ++m) mma<E>(fresh[m][0], fresh[m][1], a.load(m, k), fragment_b);
+      }
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += fresh[m][i / 4][i % 4];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      Fragment<E> fragment_a[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) fragment_a[m] = a.load(m, k);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        const Fragment<E> fragment_b = b.load(n / 2, k);
+#pragma unroll
+        for (int m = 0; m < M; ++m) mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m], fragment_b);
+      }
+    }
+  }
+}
+
+template <class Accum, int M, int N>
+__device__ __forceinline__ void clear(Accum (&acc)[M][N][4]) {
+#pragma unroll
+  for (int i = 0; i < M * N * 4; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = 0;
+}

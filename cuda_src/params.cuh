@@ -1,0 +1,26 @@
+// All that a kernel is told at run time, by value.  anyattn/launch.py holds the same layout; the generated prelude asserts it.
+#pragma once
+
+struct Strides {  // in elements
+  long long batch, head, row, column;
+};
+
+struct Params {
+  const void *q, *k, *v, *dout;
+  void *out, *lse, *dq, *dk, *dv;
+  void *dq_accum, *delta;  // workspace of the backward pass
+  int* tickets;            // workspace of its deterministic order: a counter for each block of rows
+  const float* alibi_slopes;
+  const int *cu_seqlens_q, *cu_seqlens_k;  // varlen only
+  unsigned long long seed;
+  Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides, dq_accum_strides;
+  long long lse_batch, lse_head, lse_row;  // strides of lse
+  long long alibi_batch, alibi_head;
+  double scale, softcap, keep_scale;  // keep_scale = 1 / (1 - dropout)
+  unsigned drop_below;                // an entry is dropped if its 32 random bits are less
+  int batch, heads, group;            // group = query heads for each head of K and V
+  int seqlen_q, seqlen_k;             // varlen: the longest
+  int total_q, total_k;               // varlen: rows in all
+  int left, right;                    // the window
+  int row_blocks, key_blocks;         // blocks of rows and of keys for each head
+};

@@ -1,0 +1,89 @@
+// Moving data: shared-memory matrices, asynchronous copies, reductions in global memory.
+#pragma once
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit elements; lane 8i + r gives the address of row r of matrix i.  PTX ISA, ldmatrix.
+__device__ __forceinline__ void load_matrices(unsigned (&w)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&w)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void load_shared(float& x, unsigned address) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
+}
+__device__ __forceinline__ void load_shared(double& x, unsigned address) {
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(address));
+}
+__device__ __forceinline__ void load_shared_pair(float& x, float& y, unsigned address) {
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x), "=f"(y) : "r"(address));
+}
+__device__ __forceinline__ void load_shared_pair(double& x, double& y, unsigned address) {
+  asm volatile("ld.shared.v2.f64 {%0,%1}, [%2];" : "=d"(x), "=d"(y) : "r"(address));
+}
+
+__device__ __forceinline__ void store_shared(unsigned address, unsigned word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+__device__ __forceinline__ void store_shared(unsigned address, unsigned short element) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(element) : "memory");
+}
+__device__ __forceinline__ void store_shared_pair(unsigned address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void store_shared_pair(unsigned address, double x, double y) {
+  asm volatile("st.shared.v2.f64 [%0], {%1,%2};" ::"r"(address), "d"(x), "d"(y) : "memory");
+}
+
+// BYTES (4, 8 or 16) from global to shared memory, of which only the first `valid` are read; the rest arrives as zeros.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(unsigned destination, const void* source, int valid) {
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(BYTES), "r"(valid)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void add_global(float* pointer, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(x) : "memory");
+}
+__device__ __forceinline__ void add_global(double* pointer, double x) {
+  asm volatile("red.global.add.f64 [%0], %1;" ::"l"(pointer), "d"(x) : "memory");
+}
+
+// Adds to columns col and col + 1 (col is even) of a row of WIDTH sums, in whatever order the hardware likes.
+template <int WIDTH, class Accum>
+__device__ __forceinline__ void add_global_pair(Accum* row, int col, Accum x, Accum y) {
+#if __CUDA_ARCH__ >= 900
+  if constexpr (WIDTH % 2 == 0 && sizeof(Accum) == 4) {
+    if (col < WIDTH) asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(row + col), "f"(x), "f"(y) : "memory");
+    return;
+  }
+#endif
+  if (col < WIDTH) add_global(row + col, x);
+  if (col + 1 < WIDTH) add_global(row + col + 1, y);
+}
+
+__device__ __forceinline__ int load_acquire(const int* pointer) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+  return value;
+}
+__device__ __forceinline__ void add_release(int* pointer, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
