@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyattn
+from anyattn import launch, plan
 from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -50,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.set_defaults(run=lambda options: compile_kernels(options.arch, options.report))
 
     options = parser.parse_args(arguments)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except CompileError as error:
+        print(f"anyattn: {error}", file=sys.stderr)
+        return 1
     return status
 
 
@@ -77,8 +82,6 @@ def info(as_json: bool = False) -> int:
 
 def gather() -> dict[str, Any]:
     """The facts of `info`: versions (None = absent), GPUs, why the GPU path doesn't work (None = it does), cache."""
-    from anyattn import launch
-
     try:
         nvrtc = "{}.{}".format(*nvrtc_version())
     except CompileError:
@@ -144,16 +147,18 @@ def _gpus() -> tuple[str | None, list[dict[str, Any]]]:
 
 def compile_kernels(architectures: Sequence[str], report: Path | None = None) -> int:
     """Builds every default kernel. Returns 1 if one does not compile, spills, or serialises its matrix products."""
-    from anyattn import plan
-
+    nvrtc = "{}.{}".format(*nvrtc_version())
     specs = [spec for arch in architectures for spec in plan.default_specs(arch)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {pool.submit(cubin, spec): spec for spec in specs}
-        done = [(futures[future], future) for future in _progress(as_completed(futures), len(futures), "compiling")]
-    done.sort(key=lambda pair: specs.index(pair[0]))
+    pool = ThreadPoolExecutor(os.cpu_count())  # the compiler runs outside of Python's lock
+    try:
+        futures = [pool.submit(cubin, spec) for spec in specs]
+        for _ in _progress(as_completed(futures), len(futures), "compiling"):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    rows = [row for spec, future in done for row in _kernel_rows(spec, future)]
-    columns = ["kernel", "arch", "constants", "registers", "spill bytes", "shared bytes", "warnings", "seconds"]
+    rows = [row for spec, future in zip(specs, futures, strict=True) for row in _kernel_rows(spec, future)]
+    columns = ["kernel", "arch", "registers", "spill bytes", "shared bytes", "warnings", "seconds", "constants"]
     _print_table(columns, [[_cell(row[column.replace(" ", "_")]) for column in columns] for row in rows])
     faulty = [row for row in rows if row["faults"]]
     for row in faulty:
@@ -161,7 +166,7 @@ def compile_kernels(architectures: Sequence[str], report: Path | None = None) ->
     print(f"\n{len(rows)} kernels, {len(faulty)} faulty, in {cache_dir()}")
 
     if report:
-        facts = {"anyattn": anyattn.__version__, "nvrtc": "{}.{}".format(*nvrtc_version()), "kernels": rows}
+        facts = {"anyattn": anyattn.__version__, "nvrtc": nvrtc, "kernels": rows}
         report.write_text(json.dumps(facts, indent=1) + "\n")
     return 1 if faulty else 0
 
@@ -194,8 +199,8 @@ def _kernel_rows(spec: Spec, future: Future[Cubin]) -> Iterator[dict[str, Any]]:
 def _architectures(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     for name in names:
-        if not re.fullmatch(r"sm_\d{2,3}[af]?", name):
-            raise argparse.ArgumentTypeError(f"{name!r} is no architecture; needed: names such as sm_80 or sm_90a")
+        if name not in plan.SHARED_BYTES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not among {', '.join(plan.SHARED_BYTES)}")
     return names
 
 
@@ -259,7 +264,7 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={item}" for name, item in value.items())
+        return " ".join(f"{name}={item}" for name, item in value.items() if item is not False)
     if isinstance(value, list):
         return str(len(value))
     return "-" if value is None else str(value)

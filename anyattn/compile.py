@@ -55,7 +55,7 @@ class Spec:
     def text(self) -> str:
         """The lines generated in front of the source file, which line numbers in messages don't count."""
         numbers = [
-            f"constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
+            f"[[maybe_unused]] constexpr {'bool' if isinstance(value, bool) else 'int'} {name} = {str(value).lower()};"
             for name, value in self.constants
             if not isinstance(value, str)
         ]

@@ -113,7 +113,16 @@ def test_plain_progress_bar(toys: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_bad_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compile", "--arch", "sm_80,hopper"])
-    assert "'hopper' is no architecture" in capsys.readouterr().err
+    assert "'hopper' is not among sm_80, " in capsys.readouterr().err
+
+
+def test_compile_without_nvrtc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> tuple[int, int]:
+        raise compiler.CompileError("no NVRTC")
+
+    monkeypatch.setattr(cli, "nvrtc_version", missing)
+    assert cli.main(["compile"]) == 1
+    assert capsys.readouterr().err == "anyattn: no NVRTC\n"
 
 
 def test_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
