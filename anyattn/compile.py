@@ -32,6 +32,8 @@ INSTALL = (
     "which brings cuda-core, cuda-bindings and NVIDIA's NVRTC"
 )
 
+OLDEST_NVRTC = (12, 1)  # the first that knows red.global.add.v2.f32 (PTX ISA 8.1)
+
 _log = logging.getLogger("anyattn")
 
 
@@ -146,19 +148,28 @@ def nvrtc_version() -> tuple[int, int]:
 
 
 def driver_problem(driver_version: int) -> str | None:
-    """Why cubins built here would not load on a driver, or None.
+    """Why the NVRTC found here can't build for a driver, or None.
 
     driver_version: CUDA's own number, 1000 * major + 10 * minor (cuDriverGetVersion). A driver loads the cubins of its
     own CUDA major version, whatever the minor one, and of older ones. Raises CompileError when there is no NVRTC.
     """
     major, minor = nvrtc_version()
     supported = driver_version // 1000
+    if (major, minor) < OLDEST_NVRTC:
+        return _too_old("these kernels")
     if major <= supported:
         return None
     return (
         f"NVRTC {major}.{minor} builds kernels that this driver (CUDA {supported}.{driver_version % 1000 // 10}) "
         f"cannot load. Install an NVRTC of the driver's major version: pip install 'anyattn[cuda{supported}]' "
         f"in place of the packages for CUDA {major}, or update the driver"
+    )
+
+
+def _too_old(purpose: str) -> str:
+    return (
+        "NVRTC {}.{} is too old for {}. Install a newer one: ".format(*nvrtc_version(), purpose)
+        + "pip install --upgrade nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for a CUDA 12 driver)"
     )
 
 
@@ -193,6 +204,8 @@ def _compile(spec: Spec) -> tuple[bytes, str]:
         raise CompileError(
             f"compiling a kernel needs cuda.core and cuda.bindings ({error}). Install them: {INSTALL}"
         ) from error
+    if nvrtc_version() < OLDEST_NVRTC:
+        raise CompileError(_too_old("these kernels"))
     source = (_source_dir() / spec.source).read_text(encoding="utf-8")
     options = ProgramOptions(name=spec.source, arch=spec.arch, include_path=str(_source_dir()), **OPTIONS)
     log = io.StringIO()
@@ -201,12 +214,9 @@ def _compile(spec: Spec) -> tuple[bytes, str]:
     except (
         Exception
     ) as error:  # cuda.core's own class moved between its versions; every one of them means the same here
-        version = "{}.{}".format(*nvrtc_version())
         if "gpu-architecture" in str(error):
-            raise CompileError(
-                f"NVRTC {version} is too old for {spec.arch}. Install a newer one: "
-                "pip install --upgrade nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for a CUDA 12 driver)"
-            ) from error
+            raise CompileError(_too_old(spec.arch)) from error
+        version = "{}.{}".format(*nvrtc_version())
         raise CompileError(f"NVRTC {version} could not compile {spec.source} for {spec.arch}:\n{error}") from error
     return bytes(built.code), log.getvalue().strip("\0\n")
 

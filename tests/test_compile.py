@@ -58,10 +58,13 @@ def rebuilt(spec: Spec = SPEC) -> bool:
 
 def test_prelude() -> None:
     spec = Spec("toy.cu", "sm_80", (("T", "Half"), ("N", 4), ("CAUSAL", True)), prelude="struct Half {};")
-    expected = (
-        'constexpr int N = 4;\nconstexpr bool CAUSAL = true;\nstruct Half {};\nusing T = Half;\n#line 1 "toy.cu"\n'
-    )
-    assert spec.text() == expected
+    assert spec.text().splitlines() == [
+        "[[maybe_unused]] constexpr int N = 4;",
+        "[[maybe_unused]] constexpr bool CAUSAL = true;",
+        "struct Half {};",
+        "using T = Half;",
+        '#line 1 "toy.cu"',
+    ]
 
 
 def test_builds_a_cubin_and_reports_its_resources() -> None:
@@ -267,6 +270,13 @@ def test_driver_of_an_older_major_version(monkeypatch: pytest.MonkeyPatch) -> No
     assert "NVRTC 13.5" in problem
     assert "CUDA 12.8" in problem
     assert "anyattn[cuda12]" in problem
+
+
+def test_old_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: (12, 0))
+    with pytest.raises(CompileError, match=r"NVRTC 12\.0 is too old.*pip install"):
+        compiler.cubin(SPEC)
+    assert "NVRTC 12.0 is too old" in str(compiler.driver_problem(12080))
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
