@@ -161,8 +161,8 @@ def driver_problem(driver_version: int) -> str | None:
         return None
     return (
         f"NVRTC {major}.{minor} builds kernels that this driver (CUDA {supported}.{driver_version % 1000 // 10}) "
-        f"cannot load. Install an NVRTC of the driver's major version: pip install 'anyattn[cuda{supported}]' "
-        f"in place of the packages for CUDA {major}, or update the driver"
+        f"cannot load. Install an NVRTC of the driver's major version: pip uninstall nvidia-cuda-nvrtc; "
+        f"pip install 'anyattn[cuda{supported}]'. Or update the driver"
     )
 
 
