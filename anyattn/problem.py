@@ -8,6 +8,7 @@ A repeated call costs one ``lru_cache`` look-up.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -211,10 +212,24 @@ def packed(problem: Problem, device: int) -> Problem:
     )  # fmt: skip
 
 
-def check_seed(seed: int | None, dropout: float) -> int | None:
-    """The dropout seed as a plain int in [0, 2**64), or None when it is not given; 0 when there is no dropout."""
-    if seed is None:
-        return None if _dropout(dropout) else 0
+def check_dropout(dropout: Any) -> float:
+    """The dropout probability as a float in [0, 1)."""
+    if not isinstance(dropout, _REAL):
+        raise TypeError(f"dropout must be a real number in [0, 1), got {_describe(dropout)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    return float(dropout)
+
+
+def check_array(name: str, array: Any, kind: type) -> None:
+    """Refuse an argument that is not of the array type that q has."""
+    if not isinstance(array, kind):
+        wanted, got = (f"{t.__module__.partition('.')[0]}.{t.__name__}" for t in (kind, type(array)))
+        raise TypeError(f"{name} must be a {wanted}, as q is, got {got}")
+
+
+def check_seed(seed: int) -> int:
+    """The dropout seed as a plain int in [0, 2**64)."""
     try:
         value = index(seed)
     except TypeError:
@@ -222,6 +237,11 @@ def check_seed(seed: int | None, dropout: float) -> int | None:
     if not 0 <= value < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {value}")
     return value
+
+
+def fresh_seed() -> int:
+    """A dropout seed from the operating system's entropy, in [0, 2**63)."""
+    return int.from_bytes(os.urandom(8), "little") >> 1
 
 
 def check_cu_seqlens(name: str, offsets: np.ndarray[Any, Any], total: int, max_seqlen: int) -> None:
@@ -332,7 +352,7 @@ def _varlen(
         if cu.shape[0] > 1 and cu.strides[0] != 1:
             raise ValueError(f"{name} must be contiguous, got stride {cu.strides[0]}")
         if cu.device != q.device:
-            raise ValueError(f"{name} must be on q's device, {_place(q.device)}, got {_place(cu.device)}")
+            raise ValueError(f"{name} must be on q's device, {place(q.device)}, got {place(cu.device)}")
     if cu_q[0] != cu_k[0]:
         raise ValueError(
             f"cu_seqlens_k must have the length of cu_seqlens_q, batch + 1 = {cu_q[0][0]}, got {cu_k[0][0]}"
@@ -390,7 +410,7 @@ def _common(
         "right": right,
         "scale": 1.0 / math.sqrt(head_dim) if options.scale is None else _finite("scale", options.scale),
         "softcap": _softcap(options.softcap),
-        "dropout": _dropout(options.dropout),
+        "dropout": check_dropout(options.dropout),
         "deterministic": _flag("deterministic", options.deterministic),
         "alibi": alibi is not None,
         "q_strides": strides[0],
@@ -417,7 +437,7 @@ def _backward(
         if x.dtype != dtype:
             raise TypeError(f"{name} must be {dtype} for {problem.dtype} q, k, v, got {x.dtype}")
         if x.device != problem.device:
-            raise ValueError(f"{name} must be on q's device, {_place(problem.device)}, got {_place(x.device)}")
+            raise ValueError(f"{name} must be on q's device, {place(problem.device)}, got {place(x.device)}")
         if x.device >= 0 and x.ptr % ITEMSIZE[dtype]:
             raise ValueError(f"{name}: its data must be aligned to its {ITEMSIZE[dtype]}-byte elements")
 
@@ -476,10 +496,10 @@ def _alibi_strides(alibi: View, batch: int, heads: int, device: int) -> tuple[in
         raise TypeError(f"alibi_slopes must be float32, got {alibi.dtype}")
     if alibi.shape not in ((heads,), (batch, heads)):
         raise ValueError(
-            f"alibi_slopes must have shape (heads,) or (batch, heads), {(heads,)} or {(batch, heads)}, got {alibi.shape}"
+            f"alibi_slopes must have shape (heads,) or (batch, heads), {(heads,)} or {batch, heads}, got {alibi.shape}"
         )
     if alibi.device != device:
-        raise ValueError(f"alibi_slopes must be on q's device, {_place(device)}, got {_place(alibi.device)}")
+        raise ValueError(f"alibi_slopes must be on q's device, {place(device)}, got {place(alibi.device)}")
     return (alibi.strides[0], alibi.strides[1]) if len(alibi.shape) == 2 else (0, alibi.strides[0])
 
 
@@ -492,7 +512,7 @@ def _check_arrays(q: View, k: View, v: View, dims: str) -> None:
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}")
         if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device, {_place(q.device)}, got {_place(x.device)}")
+            raise ValueError(f"{name} must be on q's device, {place(q.device)}, got {place(x.device)}")
 
 
 def _check_heads(heads: int, heads_kv: int, heads_v: int) -> None:
@@ -518,7 +538,7 @@ def _dims(layout: str, rank: int) -> str:
     return "(" + ", ".join(_AXIS_NAMES[letter] for letter in letters) + ")"
 
 
-def _place(device: int) -> str:
+def place(device: int) -> str:
     return "host memory" if device < 0 else f"cuda:{device}"
 
 
@@ -588,14 +608,6 @@ def _softcap(softcap: Any) -> float:
     if cap <= 0:
         raise ValueError(f"softcap must be > 0, or None for no cap, got {softcap}")
     return cap
-
-
-def _dropout(dropout: Any) -> float:
-    if not isinstance(dropout, _REAL):
-        raise TypeError(f"dropout must be a real number in [0, 1), got {_describe(dropout)}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    return float(dropout)
 
 
 def _describe(value: Any) -> str:

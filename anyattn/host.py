@@ -1,0 +1,167 @@
+"""Arrays in host memory: computed on the CPU, or copied over a GPU where that is faster.
+
+Shared by the adapters of NumPy, CPU torch, CPU JAX and CPU DLPack arrays. All arrays are NumPy's, in the caller's
+layout and rank; bfloat16 travels as its bits in uint16.
+"""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anyattn.problem import BackwardProblem, Problem, View, packed
+from anyattn.problem import backward as backward_problem
+
+Array = npt.NDArray[Any]
+
+# What a first guess needs, to a factor of two or so: FLOP/s of one core, and of the smallest GPUs of this kind.
+_CORE = {"float16": 4e10, "bfloat16": 4e10, "float32": 5e10, "float64": 2.5e10}
+_GPU = {"float16": 4e13, "bfloat16": 4e13, "float32": 1e13, "float64": 3e11}
+_COPY = 6e9  # bytes/s between pageable memory and a GPU
+_OVERHEAD = 2e-4  # seconds: allocations, launches and one wait
+_BACKWARD = 2.5  # backward arithmetic over forward
+
+
+def forward(
+    problem: Problem,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    alibi: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> None:
+    """Attention into the C-contiguous ``out`` and ``lse``; done when it returns.
+
+    Raises UnsupportedError when backend is "cuda" and there is no usable GPU, with what to install.
+    """
+    if not _on_gpu(problem, backend, 1.0):
+        from anyattn import cpu
+
+        arrays = [*(_canonical(problem, x) for x in (q, k, v, out)), _canonical_lse(problem, lse)]
+        cpu.forward(
+            problem, *arrays, alibi=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed
+        )  # fmt: skip
+        return
+
+    import cupy
+
+    from anyattn import launch
+
+    q_gpu, k_gpu, v_gpu, *extra = (_upload(x) for x in (q, k, v, alibi, cu_seqlens_q, cu_seqlens_k))
+    out_gpu, lse_gpu = cupy.empty(out.shape, out.dtype), cupy.empty(lse.shape, lse.dtype)
+    pointers = [x.data.ptr for x in (q_gpu, k_gpu, v_gpu, out_gpu, lse_gpu)]
+    pointers.append(cupy.cuda.get_current_stream().ptr)
+    launch.forward(packed(problem, q_gpu.data.device_id), *pointers, **_pointers(*extra), seed=seed)
+    out_gpu.get(out=out)
+    lse_gpu.get(out=lse)
+
+
+def backward(
+    bp: BackwardProblem,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    *,
+    alibi: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> None:
+    """The gradients into the C-contiguous ``dq``, ``dk`` and ``dv``; done when it returns. Raises as forward()."""
+    problem = bp.problem
+    if not _on_gpu(problem, backend, _BACKWARD):
+        from anyattn import cpu
+
+        dout, q, k, v, out, dq, dk, dv = (_canonical(problem, x) for x in (dout, q, k, v, out, dq, dk, dv))
+        arrays = (dout, q, k, v, out, _canonical_lse(problem, lse), dq, dk, dv)
+        cpu.backward(
+            bp, *arrays, alibi=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed
+        )  # fmt: skip
+        return
+
+    import cupy
+
+    from anyattn import launch
+
+    *given_gpu, alibi_gpu, cu_q, cu_k = (
+        _upload(x) for x in (dout, q, k, v, out, lse, alibi, cu_seqlens_q, cu_seqlens_k)
+    )
+    wanted_gpu = [cupy.empty(x.shape, x.dtype) for x in (dq, dk, dv)]
+    on_gpu = _packed_backward(bp, given_gpu[0].data.device_id)
+    workspace = cupy.empty(launch.workspace_bytes(on_gpu), np.uint8)
+    pointers = [x.data.ptr for x in (*given_gpu, *wanted_gpu, workspace)]
+    pointers.append(cupy.cuda.get_current_stream().ptr)
+    launch.backward(on_gpu, *pointers, **_pointers(alibi_gpu, cu_q, cu_k), seed=seed)
+    for here, there in zip((dq, dk, dv), wanted_gpu, strict=True):
+        there.get(out=here)
+
+
+def _on_gpu(problem: Problem, backend: str, work: float) -> bool:
+    if backend == "cpu" or (backend == "auto" and not _repays(problem, work)):
+        return False
+    from anyattn import launch
+
+    reason = launch.available()
+    if reason is not None and backend == "cuda":
+        raise launch.UnsupportedError(f"backend='cuda': {reason}")
+    return reason is None
+
+
+def _repays(problem: Problem, work: float) -> bool:
+    """Whether a GPU would be faster, copies included; its kernels are taken as compiled."""
+    keys = min(problem.seqlen_k, problem.left + 1 + problem.right)
+    rows = problem.total_q if problem.varlen else problem.batch * problem.seqlen_q
+    flops = work * 2 * problem.heads * rows * keys * (problem.head_dim + problem.head_dim_v)
+    elements = sum(prod(shape) for shape in (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape))
+    on_gpu = _OVERHEAD + work * elements * problem.itemsize / _COPY + flops / _GPU[problem.dtype]
+    return on_gpu < flops / (_CORE[problem.dtype] * (os.cpu_count() or 1))
+
+
+def _canonical(problem: Problem, x: Array) -> Array:
+    """A (batch, heads, rows, columns) view of an array in the caller's layout; (heads, rows, columns) if packed."""
+    x = x.transpose([axis for axis in problem.axes if axis is not None])
+    return x if problem.varlen else x[(None,) * (4 - x.ndim)]
+
+
+def _canonical_lse(problem: Problem, lse: Array) -> Array:
+    return lse if problem.varlen else lse[(None,) * (3 - lse.ndim)]
+
+
+def _packed_backward(bp: BackwardProblem, device: int) -> BackwardProblem:
+    problem = packed(bp.problem, device)
+
+    def view(shape: tuple[int, ...], dtype: str) -> View:
+        strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return View(0, shape, strides, dtype, device)
+
+    out = view(problem.out_shape, problem.dtype)
+    return backward_problem(problem, out, out, view(problem.lse_shape, problem.lse_dtype))
+
+
+def _upload(x: Array | None) -> Any:
+    import cupy
+
+    return None if x is None else cupy.asarray(np.ascontiguousarray(x))
+
+
+def _pointers(alibi: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> dict[str, int]:
+    """The optional device arrays of a launch as its keyword arguments; 0 = not given."""
+    arrays = {"alibi": alibi, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    return {name: 0 if x is None else x.data.ptr for name, x in arrays.items()}
