@@ -224,7 +224,7 @@ def check_dropout(dropout: Any) -> float:
 def check_array(name: str, array: Any, kind: type) -> None:
     """Refuse an argument that is not of the array type that q has."""
     if not isinstance(array, kind):
-        wanted, got = (f"{t.__module__.partition('.')[0]}.{t.__name__}" for t in (kind, type(array)))
+        wanted, got = (f"{t.__module__.partition('.')[0]}.{t.__name__.rpartition('.')[2]}" for t in (kind, type(array)))
         raise TypeError(f"{name} must be a {wanted}, as q is, got {got}")
 
 
