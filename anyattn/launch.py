@@ -6,6 +6,7 @@ Everything here takes raw device pointers; who allocated them does not matter. C
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,9 @@ POINTERS = (
 )  # fmt: skip
 _STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "dq_accum")
 
-# cuda_src/params.cuh in the same order; the prelude below makes the compiler check it.
+_POINTERS = struct.Struct(f"{len(POINTERS)}Q")
+
+# cuda_src/params.cuh, field by field in the same order (a test compares them); the compiler checks the size.
 PARAMS = np.dtype(
     [
         *((name, np.uint64) for name in POINTERS),
@@ -38,15 +41,10 @@ PARAMS = np.dtype(
     ],
     align=True,
 )
-_FIELDS = PARAMS.fields or {}
-PRELUDE = "\n".join(
-    [
-        '#include "element.cuh"',
-        '#include "params.cuh"',
-        f"static_assert(sizeof(Params) == {PARAMS.itemsize});",
-        *(f"static_assert(__builtin_offsetof(Params, {name}) == {offset});" for name, (_, offset, *_) in _FIELDS.items()),
-    ]
-)
+PRELUDE = f"""\
+#include "element.cuh"
+#include "params.cuh"
+static_assert(sizeof(Params) == {PARAMS.itemsize});"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class _Prepared:
 
     plan: Plan
     launches: tuple[Callable[..., None], ...]  # CuPy functions with grid, block and shared memory bound
-    params: np.ndarray[Any, Any]  # one record, pointers empty
+    constants: bytes  # Params behind its pointers
     device: int
 
 
@@ -117,15 +115,15 @@ def device(ordinal: int) -> Device:
     """What plan needs to know of a GPU. Raises UnsupportedError when it is older than sm_80."""
     import cupy
 
-    attributes = cupy.cuda.Device(ordinal).attributes
-    major, minor = attributes["ComputeCapabilityMajor"], attributes["ComputeCapabilityMinor"]
+    properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
+    major, minor = properties["major"], properties["minor"]
     if major < 8:
         raise UnsupportedError(
             f"GPU {ordinal} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer: "
             "use backend='cpu' on host arrays"
         )
     arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-    return Device(arch, attributes["MaxSharedMemoryPerBlockOptin"])
+    return Device(arch, properties["sharedMemPerBlockOptin"])
 
 
 # ------------------------------------------------------------------------------------------------ behind the cache
@@ -169,7 +167,7 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
     for kernel in chosen.kernels:
         function = _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device)
         launches.append(functools.partial(_call, function, (kernel.grid,), (kernel.threads,), kernel.shared_bytes))
-    return _Prepared(chosen, tuple(launches), params, problem.device)
+    return _Prepared(chosen, tuple(launches), params.tobytes()[_POINTERS.size :], problem.device)
 
 
 @functools.cache
@@ -191,9 +189,7 @@ def _call(kernel: Any, grid: tuple[int], block: tuple[int], shared_bytes: int, a
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
     import cupy
 
-    params = prepared.params.copy()
-    params.view(np.uint64)[..., : len(pointers)] = pointers
-    args = (params[()],)
+    args = (np.frombuffer(_POINTERS.pack(*pointers) + prepared.constants, PARAMS)[0],)
     with cupy.cuda.Device(prepared.device), cupy.cuda.ExternalStream(stream) as external:
         for launch in prepared.launches:
             launch(args, external)

@@ -185,8 +185,9 @@ def _backward_shared(tile: dict[str, Any], problem: Problem) -> int:
     parts = 16 * max(tile["KV"][1], tile["Q"][1])
     columns = _padded(problem.head_dim, parts) + _padded(problem.head_dim_v, parts)
     rows = tile["BLOCK_N"] + tile["STAGES"] * tile["BLOCK_M"]
+    row_sums = tile["STAGES"] * _padded(2 * tile["BLOCK_M"] * ITEMSIZE[problem.lse_dtype], 1024)
     scores = _padded(tile["BLOCK_M"] * tile["BLOCK_N"] * problem.itemsize, 1024)
-    return int(rows * columns * problem.itemsize + 2 * scores)
+    return int(rows * columns * problem.itemsize + 2 * scores + row_sums)
 
 
 # ------------------------------------------------------------------------------------------------ specs

@@ -26,6 +26,7 @@ constexpr int D = (HEAD_DIM + COLUMNS - 1) / COLUMNS * COLUMNS, DV = (HEAD_DIM_V
 constexpr int S_ROWS = BLOCK_M / S_WARPS_M, S_KEYS = BLOCK_N / S_WARPS_N;
 constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLUMNS = DV / KV_WARPS_D;
 constexpr int Q_ROWS = BLOCK_M / Q_WARPS_M, Q_COLUMNS = D / Q_WARPS_D;
+static_assert(BLOCK_M <= THREADS);
 static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0 && Q_ROWS % 16 == 0);
 static_assert(S_WARPS_M * S_WARPS_N <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS && Q_WARPS_M * Q_WARPS_D <= WARPS);
 
@@ -35,7 +36,8 @@ using TileQ = Tile<Element, BLOCK_M, D>;
 using TileO = Tile<Element, BLOCK_M, DV>;
 using TileP = Tile<Element, BLOCK_M, BLOCK_N>;
 constexpr int P_BYTES = (TileP::BYTES + 1023) / 1024 * 1024;
-static_assert(SHARED_BYTES >= TileK::BYTES + TileV::BYTES + STAGES * (TileQ::BYTES + TileO::BYTES) + 2 * P_BYTES);
+constexpr int STAGE_BYTES = TileQ::BYTES + TileO::BYTES + (2 * BLOCK_M * int(sizeof(Accum)) + 1023) / 1024 * 1024;  // Q, dO, LSE, delta
+static_assert(SHARED_BYTES >= TileK::BYTES + TileV::BYTES + STAGES * STAGE_BYTES + 2 * P_BYTES);
 
 // This thread block's turn at a block of rows: sums are added in the order of the blocks of keys.
 struct Turn {
@@ -68,7 +70,7 @@ __device__ __forceinline__ void store_gradient(const T& tile, const Accum (&acc)
     }
   }
   __syncthreads();
-  for (int row = warp * 16; row < T::ROWS; row += WARPS * 16) store_rows<16, WIDTH>(tile, row, to, first + row, lane);
+  for (int row = warp * 16; row < T::ROWS; row += WARPS * 16) store_rows<16, WIDTH>(tile, row, to, first + row);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __grid_constant__ Params p) {
@@ -78,8 +80,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   const TileV v_smem{k_smem.base + TileK::BYTES};
   const TileP p_smem{v_smem.base + TileV::BYTES}, ds_smem{p_smem.base + P_BYTES};
   const unsigned stages = ds_smem.base + P_BYTES;
-  const auto q_smem = [=](int stage) { return TileQ{stages + stage * (TileQ::BYTES + TileO::BYTES)}; };
-  const auto dout_smem = [=](int stage) { return TileO{stages + stage * (TileQ::BYTES + TileO::BYTES) + TileQ::BYTES}; };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks: ascending order serves both.
@@ -91,75 +91,100 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
 
   const Band band(p, sequence);
   const Band::Blocks blocks = band.row_blocks(first_key, BLOCK_N, BLOCK_M);
-  const int count = max(0, blocks.end - blocks.begin), steps = count * p.group;  // heads of the group, one after another
   const Accum scale = static_cast<Accum>(p.scale);
-
-  const auto load_rows = [&](int step) {
-    const int head = head_kv * p.group + step / count, first_row = (blocks.begin + step % count) * BLOCK_M, stage = step % STAGES;
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(q_smem(stage), sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head), first_row);
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(dout_smem(stage), sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, head),
-                                               first_row);
-    copy_async_commit();
-  };
-
-  Accum dk[KV_KEYS / 16][K_COLUMNS / 8][4] = {}, dv[KV_KEYS / 16][V_COLUMNS / 8][4] = {};
   const int s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
   const int kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
   const int q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
   const bool s_active = warp < S_WARPS_M * S_WARPS_N, kv_active = warp < KV_WARPS_N * KV_WARPS_D, q_active = warp < Q_WARPS_M * Q_WARPS_D;
 
+  // One step is a block of rows of a head; the heads of the group follow one another.
+  struct Step {
+    int head, block_m;
+    unsigned stage;  // address of its buffers
+  };
+  Step step{head_kv * p.group, blocks.begin, stages};
+  const auto next = [&](Step x) {
+    if (++x.block_m == blocks.end) ++x.head, x.block_m = blocks.begin;
+    if constexpr (STAGES == 2) x.stage = 2 * stages + STAGE_BYTES - x.stage;
+    return x;
+  };
+  const auto load_rows = [&](const Step& x) {
+    const int first_row = x.block_m * BLOCK_M;
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(TileQ{x.stage}, sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, x.head), first_row);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(TileO{x.stage + TileQ::BYTES},
+                                               sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, x.head), first_row);
+    if (const int i = threadIdx.x; i < BLOCK_M) {
+      const int row = first_row + i;
+      const unsigned to = x.stage + TileQ::BYTES + TileO::BYTES + i * int(sizeof(Accum));
+      const bool inside = row < sequence.seqlen_q;
+      copy_async<sizeof(Accum)>(to, static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, x.head) + row * p.lse_row, inside);
+      copy_async<sizeof(Accum)>(to + BLOCK_M * int(sizeof(Accum)), static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, x.head) + row, inside);
+    }
+    copy_async_commit();
+  };
+
+  Accum dk[KV_KEYS / 16][K_COLUMNS / 8][4] = {}, dv[KV_KEYS / 16][V_COLUMNS / 8][4] = {};
+  int steps = blocks.begin < blocks.end ? (blocks.end - blocks.begin) * p.group : 0;
   if (steps > 0) {
     load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
     load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head_kv), first_key);
-    load_rows(0);
+    load_rows(step);
   }
-  for (int step = 0; step < steps; ++step) {
-    const int head = head_kv * p.group + step / count, block_m = blocks.begin + step % count, first_row = block_m * BLOCK_M, stage = step % STAGES;
+  for (; steps > 0; --steps, step = next(step)) {
+    const int first_row = step.block_m * BLOCK_M;
+    const TileQ q_smem{step.stage};
+    const TileO dout_smem{step.stage + TileQ::BYTES};
     copy_async_wait<0>();
-    __syncthreads();  // Q and dO are here, and everyone is done with the previous P and dS
-    if (STAGES == 2 && step + 1 < steps) load_rows(step + 1);
+    __syncthreads();  // Q, dO, LSE and delta are here, and everyone is done with the previous P and dS
+    if (STAGES == 2 && steps > 1) load_rows(next(step));
 
     if (s_active) {
       constexpr int M = S_ROWS / 16, N = S_KEYS / 8;
-      const Accum* const lse = static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, head);
-      const Accum* const delta = static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, head);
-      const int row0 = first_row + s_row + lane / 4, key0 = first_key + s_key + lane % 4 * 2;
+      Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_KEYS]
+      gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem, s_row),
+                                SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
+      gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem, s_row),
+                                 SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
+
+      // Rows past the end are all zeros, dO and delta too: whatever their P, they add nothing.
       Accum lse_rmem[M][2], delta_rmem[M][2];
 #pragma unroll
       for (int i = 0; i < 2 * M; ++i) {
-        const int row = row0 + 8 * i;
-        const bool inside = row < sequence.seqlen_q;
-        const Accum x = inside ? lse[row * p.lse_row] * static_cast<Accum>(LOG2E) : minus_infinity<Accum>();
-        lse_rmem[i / 2][i % 2] = x == minus_infinity<Accum>() ? -x : x;  // a row that sees nothing: exp2(s - inf) = 0
-        delta_rmem[i / 2][i % 2] = inside ? delta[row] : 0;
+        const unsigned from = step.stage + TileQ::BYTES + TileO::BYTES + (s_row + 8 * i + lane / 4) * int(sizeof(Accum));
+        Accum& lse = lse_rmem[i / 2][i % 2];
+        load_shared(lse, from);
+        load_shared(delta_rmem[i / 2][i % 2], from + BLOCK_M * int(sizeof(Accum)));
+        lse = lse == minus_infinity<Accum>() ? -lse : lse * static_cast<Accum>(LOG2E);  // a row that sees nothing: exp2(s - inf) = 0
       }
-
-      Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_KEYS]
-      gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem(stage), s_row),
-                                SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
-      gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem(stage), s_row),
-                                 SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
-
-      const Score<Accum> score(p, band, batch, head);
-      const bool all_visible = band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N);
-const Dropout dropout(p, batch, head);
+      const Score<Accum> score(p, band, batch, step.head);
+      const Dropout dropout(p, batch, step.head);
       const Accum keep_scale = static_cast<Accum>(p.keep_scale);
+      const int row0 = first_row + s_row + lane / 4, key0 = first_key + s_key + lane % 4 * 2;
+      const auto differentiate = [&](auto masked) {  // S -> dropout(P), dP -> dS
 #pragma unroll
-      for (int i = 0; i < M * N; ++i) {  // four entries: rows r, r + 8 and keys c, c + 8
-        const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
-        bool keep[4] = {true, true, true, true};
-        if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
+        for (int i = 0; i < M * N; ++i) {  // four entries: rows r, r + 8 and keys c, c + 8
+          const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
+          bool keep[4] = {true, true, true, true};
+          if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
-          Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
-          const bool visible = all_visible || band.sees(row, key);
-          const Accum prob = visible ? exp2_fast(score.apply(x, row, key) * score.factor - lse_rmem[m][half]) : 0;
-          if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
-          y = visible ? prob * (y - delta_rmem[m][half]) * score.derivative(x) : 0;
-          x = keep[j] ? prob : 0;
+          for (int j = 0; j < 4; ++j) {
+            const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
+            Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
+            const Accum prob = exp2_fast(score.apply(x, row, key) * score.factor - lse_rmem[m][half]);
+            if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
+            y = prob * (y - delta_rmem[m][half]) * score.derivative(x);
+            x = keep[j] ? prob : 0;
+            if constexpr (masked.value) {
+              const bool visible = band.sees(row, key);
+              x = visible ? x : 0, y = visible ? y : 0;
+            }
+          }
         }
-      }
+      };
+      if (band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N))
+        differentiate(Constant<false>{});
+      else
+        differentiate(Constant<true>{});
 #pragma unroll
       for (int i = 0; i < M * N * 2; ++i) {
         const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
@@ -173,25 +198,25 @@ const Dropout dropout(p, batch, head);
     if (kv_active) {
       constexpr int STEPS = BLOCK_M / K_STEP;
       gemm<Element, STEPS>(dv, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(p_smem, kv_key),
-                           SharedOperand<Side::B, Major::MN, V_COLUMNS, TileO>(dout_smem(stage), kv_part * V_COLUMNS));
+                           SharedOperand<Side::B, Major::MN, V_COLUMNS, TileO>(dout_smem, kv_part * V_COLUMNS));
       gemm<Element, STEPS>(dk, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(ds_smem, kv_key),
-                           SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(q_smem(stage), kv_part * K_COLUMNS));
+                           SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(q_smem, kv_part * K_COLUMNS));
     }
 
     Accum dq[Q_ROWS / 16][Q_COLUMNS / 8][4] = {};
     if (q_active)
       gemm<Element, BLOCK_N / K_STEP>(dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, q_row),
                                       SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, q_part * Q_COLUMNS));
-    const Turn turn{p.tickets + (static_cast<long long>(batch) * p.heads + head) * p.row_blocks + block_m,
+    const Turn turn{p.tickets + (static_cast<long long>(batch) * p.heads + step.head) * p.row_blocks + step.block_m,
                     block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
     if constexpr (DETERMINISTIC) turn.wait();
     if (q_active) {
-      const auto dq_accum = sequence.rows_q(static_cast<Accum*>(p.dq_accum), p.dq_accum_strides, head);
+      const auto dq_accum = sequence.rows_q(static_cast<Accum*>(p.dq_accum), p.dq_accum_strides, step.head);
+      int row = first_row + q_row + lane / 4;
+      Accum* to = dq_accum.origin + row * dq_accum.row_stride;
 #pragma unroll
-      for (int i = 0; i < Q_ROWS / 8; ++i) {
-        const int row = first_row + q_row + 8 * i + lane / 4;
+      for (int i = 0; i < Q_ROWS / 8; ++i, row += 8, to += 8 * dq_accum.row_stride) {
         if (row >= dq_accum.rows) break;
-        Accum* const to = dq_accum.origin + row * dq_accum.row_stride;
 #pragma unroll
         for (int n = 0; n < Q_COLUMNS / 8; ++n)
           add_global_pair<HEAD_DIM>(to, q_part * Q_COLUMNS + 8 * n + lane % 4 * 2, dq[i / 2][n][i % 2 * 2] * scale, dq[i / 2][n][i % 2 * 2 + 1] * scale);
@@ -199,9 +224,9 @@ const Dropout dropout(p, batch, head);
     }
     if constexpr (DETERMINISTIC) turn.pass();
 
-    if (STAGES == 1 && step + 1 < steps) {
+    if (STAGES == 1 && steps > 1) {
       __syncthreads();  // everyone is done with Q and dO
-      load_rows(step + 1);
+      load_rows(next(step));
     }
   }
 

@@ -138,5 +138,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const auto out = sequence.rows_q(static_cast<Element*>(p.out), p.out_strides, head);
   constexpr int STORE_ROWS = BLOCK_M / WARPS;
   const int store_row = threadIdx.x / 32 * STORE_ROWS;
-  store_rows<STORE_ROWS, HEAD_DIM_V>(o_smem, store_row, out, first_row + store_row, lane);
+  store_rows<STORE_ROWS, HEAD_DIM_V>(o_smem, store_row, out, first_row + store_row);
 }

@@ -50,65 +50,75 @@ struct Rows {
   int rows;  // how many there are
 };
 
+// How threads share the copy of a tile, VECTOR bytes each at a time: neighbours along a panel's row, then down the rows.
+// Rows that are a multiple of 8 apart have the same swizzle, so a thread's later addresses differ from its first by constants.
+template <class T, int VECTOR, int THREADS, int ROWS>
+struct CopyLayout {
+  static constexpr int PER_ROW = T::PANEL / VECTOR, ROW_STEP = THREADS / PER_ROW;
+  static constexpr int STEPS = (ROWS + ROW_STEP - 1) / ROW_STEP, PANELS = T::ROW_BYTES / T::PANEL;
+  static constexpr bool WHOLE = ROWS % ROW_STEP == 0;  // else the last step is for some threads only
+  static_assert(THREADS % PER_ROW == 0);
+
+  int row, byte;  // of this thread's first copy
+  unsigned first_address;
+
+  __device__ __forceinline__ CopyLayout(const T& tile, int thread, int start_row)
+      : row(thread / PER_ROW), byte(thread % PER_ROW * VECTOR), first_address(tile.address(start_row + row, byte)) {}
+
+  __device__ __forceinline__ unsigned address(const T& tile, int start_row, int step, int panel) const {
+    if constexpr (ROW_STEP % 8 == 0)
+      return first_address + step * (ROW_STEP * T::PANEL) + panel * (T::ROWS * T::PANEL);
+    else
+      return tile.address(start_row + row + step * ROW_STEP, panel * T::PANEL + byte);
+  }
+};
+
 // Global rows [first, first + T::ROWS) x columns [0, WIDTH) into a tile, asynchronously where COPY_BYTES allows; what
 // lies outside is zero.  COPY_BYTES divides every row's address; below 4 (or with strided columns) elements go one by one.
 template <int COPY_BYTES, int WIDTH, int THREADS, class T, class E>
 __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& source, int first) {
-  constexpr int VECTOR = COPY_BYTES > int(sizeof(E)) && COPY_BYTES >= 4 ? COPY_BYTES : int(sizeof(E));  // bytes a copy
-  constexpr int PER_ROW = T::ROW_BYTES / VECTOR;
-  constexpr int COPIES = T::ROWS * PER_ROW;
-#pragma unroll(VECTOR == 16 ? 16 : 4)
-  for (int i = threadIdx.x; i < (COPIES + THREADS - 1) / THREADS * THREADS; i += THREADS) {
-    if (COPIES % THREADS != 0 && i >= COPIES) break;
-    const int row = i / PER_ROW, byte = i % PER_ROW * VECTOR;
+  constexpr bool VECTORS = COPY_BYTES > int(sizeof(E)) && COPY_BYTES >= 4;
+  constexpr int VECTOR = VECTORS ? COPY_BYTES : int(sizeof(E));  // bytes a copy
+  using Layout = CopyLayout<T, VECTOR, THREADS, T::ROWS>;
+  const Layout layout(tile, threadIdx.x, 0);
+  const long long column = VECTORS ? 1 : source.col_stride;
+  const E* from = source.origin + (first + layout.row) * source.row_stride + layout.byte / int(sizeof(E)) * column;
+#pragma unroll
+  for (int step = 0; step < Layout::STEPS; ++step, from += Layout::ROW_STEP * source.row_stride) {
+    const int row = layout.row + step * Layout::ROW_STEP;
+    if (!Layout::WHOLE && row >= T::ROWS) break;
     const bool inside = first + row < source.rows;
-    const unsigned to = tile.address(row, byte);
-    if constexpr (VECTOR > int(sizeof(E))) {
-      const int valid = max(0, min(VECTOR, WIDTH * int(sizeof(E)) - byte));
-      // A row outside is not addressed at all: its pointer may be anywhere.
-      const char* from = reinterpret_cast<const char*>(source.origin + (inside ? (first + row) * source.row_stride : 0)) + byte;
-      copy_async<VECTOR>(to, valid > 0 ? from : reinterpret_cast<const char*>(source.origin), inside ? valid : 0);
-    } else {
-      const int col = byte / int(sizeof(E));
-      const bool present = inside && col < WIDTH;
-      const E* from = source.origin + (present ? (first + row) * source.row_stride + col * source.col_stride : 0);
-      if constexpr (sizeof(E) == 2)
-        store_shared(to, present ? from->bits : static_cast<unsigned short>(0));
+#pragma unroll
+    for (int panel = 0; panel < Layout::PANELS; ++panel) {
+      const int left = WIDTH * int(sizeof(E)) - panel * T::PANEL - layout.byte;  // bytes from here to the end of the row
+      const unsigned to = layout.address(tile, 0, step, panel);
+      const E* vector = from + panel * (T::PANEL / int(sizeof(E))) * column;
+      if constexpr (VECTOR < 4)
+        store_shared(to, inside && left > 0 ? vector->bits : static_cast<unsigned short>(0));
+      else if constexpr (WIDTH * int(sizeof(E)) % VECTOR == 0)
+        copy_async<VECTOR>(to, vector, inside && left > 0);
       else
-        copy_async<int(sizeof(E))>(to, from, present ? int(sizeof(E)) : 0);
+        copy_async_partial<VECTOR>(to, vector, inside ? min(VECTOR, max(0, left)) : 0);
     }
   }
 }
 
-// Rows [row, row + COUNT) of a tile, columns [0, WIDTH), into global rows from `first` on, by one warp.  The global
-// columns are contiguous and rows start at multiples of gcd(16, WIDTH * sizeof(E)) bytes.
+// Rows [start_row, start_row + COUNT) of a tile, columns [0, WIDTH), into global rows from `first` on, by one warp.  The
+// global columns are contiguous and rows start at multiples of gcd(16, WIDTH * sizeof(E)) bytes.
 template <int COUNT, int WIDTH, class T, class E>
-__device__ __forceinline__ void store_rows(const T& tile, int row, const Rows<E>& to, int first, int lane) {
+__device__ __forceinline__ void store_rows(const T& tile, int start_row, const Rows<E>& target, int first) {
   constexpr int WIDTH_BYTES = WIDTH * int(sizeof(E));
   constexpr int VECTOR = WIDTH_BYTES % 16 == 0 ? 16 : WIDTH_BYTES % 8 == 0 ? 8 : WIDTH_BYTES % 4 == 0 ? 4 : 2;
-  constexpr int PER_ROW = WIDTH_BYTES / VECTOR;
-#pragma unroll(4)
-  for (int i = lane; i < COUNT * PER_ROW; i += 32) {
-    const int r = i / PER_ROW, byte = i % PER_ROW * VECTOR;
-    if (first + r >= to.rows) break;
-    char* pointer = reinterpret_cast<char*>(to.origin + (first + r) * to.row_stride) + byte;
-    const unsigned from = tile.address(row + r, byte);
-    if constexpr (VECTOR == 16) {
-      uint4 x;
-      asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-      *reinterpret_cast<uint4*>(pointer) = x;
-    } else if constexpr (VECTOR == 8) {
-      uint2 x;
-      asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from) : "memory");
-      *reinterpret_cast<uint2*>(pointer) = x;
-    } else if constexpr (VECTOR == 4) {
-      unsigned x;
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-      *reinterpret_cast<unsigned*>(pointer) = x;
-    } else {
-      unsigned short x;
-      asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
-      *reinterpret_cast<unsigned short*>(pointer) = x;
-    }
+  using Layout = CopyLayout<T, VECTOR, 32, COUNT>;
+  const Layout layout(tile, threadIdx.x % 32, start_row);
+#pragma unroll
+  for (int step = 0; step < Layout::STEPS; ++step) {
+    const int row = layout.row + step * Layout::ROW_STEP;
+    if ((!Layout::WHOLE && row >= COUNT) || first + row >= target.rows) break;
+    char* const to = reinterpret_cast<char*>(target.origin + (first + row) * target.row_stride) + layout.byte;
+#pragma unroll
+    for (int panel = 0; panel < Layout::PANELS; ++panel)
+      if (panel * T::PANEL + layout.byte < WIDTH_BYTES)
+        copy_to_global<VECTOR>(to + panel * T::PANEL, tile.address(start_row + row, panel * T::PANEL + layout.byte));
   }
 }

@@ -44,9 +44,21 @@ __device__ __forceinline__ void store_shared_pair(unsigned address, double x, do
   asm volatile("st.shared.v2.f64 [%0], {%1,%2};" ::"r"(address), "d"(x), "d"(y) : "memory");
 }
 
-// BYTES (4, 8 or 16) from global to shared memory, of which only the first `valid` are read; the rest arrives as zeros.
+// BYTES (4, 8 or 16) from global to shared memory; zeros, and no access to global memory, unless `inside`.
 template <int BYTES>
-__device__ __forceinline__ void copy_async(unsigned destination, const void* source, int valid) {
+__device__ __forceinline__ void copy_async(unsigned destination, const void* source, bool inside) {
+  if constexpr (BYTES == 16)
+    asm volatile("{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, outside;}" ::"r"(destination),
+                 "l"(source), "r"(int(inside))
+                 : "memory");
+  else
+    asm volatile("{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, outside;}" ::"r"(destination),
+                 "l"(source), "r"(int(inside)), "n"(BYTES)
+                 : "memory");
+}
+// The same where only the first `valid` bytes are there: the rest arrives as zeros.
+template <int BYTES>
+__device__ __forceinline__ void copy_async_partial(unsigned destination, const void* source, int valid) {
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid) : "memory");
   else
@@ -57,6 +69,28 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int PENDING>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// BYTES (2, 4, 8 or 16) from shared to global memory, both aligned to them.
+template <int BYTES>
+__device__ __forceinline__ void copy_to_global(void* destination, unsigned source) {
+  if constexpr (BYTES == 16) {
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(source) : "memory");
+    *static_cast<uint4*>(destination) = x;
+  } else if constexpr (BYTES == 8) {
+    uint2 x;
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(source) : "memory");
+    *static_cast<uint2*>(destination) = x;
+  } else if constexpr (BYTES == 4) {
+    unsigned x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(source) : "memory");
+    *static_cast<unsigned*>(destination) = x;
+  } else {
+    unsigned short x;
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(source) : "memory");
+    *static_cast<unsigned short*>(destination) = x;
+  }
 }
 
 __device__ __forceinline__ void add_global(float* pointer, float x) {
