@@ -1,0 +1,476 @@
+"""PyTorch: CUDA tensors go straight to the kernels, CPU tensors to `anyattn.host`.
+
+A call takes the shortest way that serves it:
+
+    eager, no gradient    _forward                              no PyTorch machinery at all
+    eager, gradient       _Attention -> _forward, _backward     an autograd.Function: 10 us more
+    anything else         torch.ops.anyattn.attention_forward   torch.compile, make_fx, fake and meta tensors, dispatch
+                          torch.ops.anyattn.attention_backward  modes, functorch: 150 us more if there is a gradient
+
+The operators run the same `_forward` and `_backward`; no tracer sees the inside of these two.
+
+Dropout without a seed draws one from PyTorch's default CPU generator: `torch.manual_seed` makes it reproducible and the
+GPU is never waited for. A captured CUDA graph therefore replays the mask it was captured with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch._C import (
+    _dispatch_tls_is_dispatch_key_included,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+)
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from anyattn import host, launch
+from anyattn import problem as core
+from anyattn.problem import Options, Problem, View
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_LSE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
+class _Call(NamedTuple):
+    """All of a call but q, k and v."""
+
+    alibi_slopes: Tensor | None
+    seed: Tensor | None  # 0-d int64 on the CPU; None = no dropout
+    cu_seqlens_q: Tensor | None  # None = dense
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    options: Options
+    backend: str
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    *,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`anyattn.attention` of tensors. out is differentiable with respect to q, k and v; the LSE is not."""
+    if (
+        not torch.compiler.is_compiling()
+        and not _is_any_autocast_enabled()
+        and _eager(q, k, v)
+        and not _differentiable(q, k, v)
+        and q.is_cuda
+        and alibi_slopes is None
+        and not options.dropout
+        and backend != "cpu"
+    ):  # the commonest call, spelt out: on its way below it would spend another 3 us
+        q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        try:
+            problem = _dense(
+                *(q.shape, q.stride(), q.dtype, q.get_device(), q_ptr & 15),
+                *(k.shape, k.stride(), k.dtype, k.get_device(), k_ptr & 15),
+                *(v.shape, v.stride(), v.dtype, v.get_device(), v_ptr & 15),
+                options,
+            )
+        except TypeError:  # an option that cannot be hashed: the core will name it
+            problem = core.dense(_view("q", q), _view("k", k), _view("v", v), None, options)
+        out = q.new_empty(problem.out_shape)
+        lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype])
+        launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), lse.data_ptr(), _raw_stream(problem.device))
+    else:
+        out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    options: Options,
+    *,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`anyattn.attention_varlen` of tensors, differentiable as `attention` is."""
+    core.check_array("cu_seqlens_q", cu_seqlens_q, Tensor)
+    core.check_array("cu_seqlens_k", cu_seqlens_k, Tensor)
+    drawn = _seed(seed, options)
+    call = _Call(alibi_slopes, drawn, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, backend)
+    out, lse = _attention(q, k, v, call)
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    *,
+    alibi_slopes: Tensor | None,
+    seed: int | None,
+    backend: str,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`anyattn.attention_backward` of tensors; packed with cu_seqlens. The gradients are not differentiable."""
+    offsets = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    call = _Call(alibi_slopes, _seed(seed, options), *offsets, options, backend)
+    return _attention_backward(dout, q, k, v, out, lse, call)
+
+
+def fresh_seed() -> int:
+    """A dropout seed from PyTorch's default generator."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
+
+
+# ------------------------------------------------------------------------------------------------ which way
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    slopes = call.alibi_slopes
+    if isinstance(slopes, Tensor) and slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes must not require grad, as they get none: pass alibi_slopes.detach()")
+    compiling = torch.compiler.is_compiling()
+    if compiling or _is_any_autocast_enabled():
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if compiling or not _eager(q, k, v):
+        _check_tensors(q, k, v, call)
+        if compiling or peek_interpreter_stack() is None:
+            return _forward_operator(q, k, v, *_flat(call))
+        return _apply_transformed(q, k, v, call)
+    if _differentiable(q, k, v):
+        return _apply_eagerly(q, k, v, call)
+    return _forward(q, k, v, call)
+
+
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = dout, q, k, v, out, lse
+    compiling = torch.compiler.is_compiling()
+    if compiling or not (_eager(q, k, v) and _eager(dout, out, lse)):
+        _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
+        if compiling or peek_interpreter_stack() is None:
+            return _backward_operator(*tensors, *_flat(call))
+        return _apply_gradients(*tensors, call)
+    if _differentiable(q, k, v) or _differentiable(dout, out, lse):  # create_graph=True
+        return _apply_gradients(*tensors, call)
+    return _backward(*tensors, call)
+
+
+def _eager(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    """Whether three tensors are plain memory of the CPU or of GPUs, and nothing records what is done to them."""
+    return (
+        type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and type(c) in _PLAIN
+        and ((a.is_cuda and b.is_cuda and c.is_cuda) or (a.is_cpu and b.is_cpu and c.is_cpu))
+        and not (a.is_neg() or b.is_neg() or c.is_neg())  # views yet to be negated
+        and _len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None  # functorch
+        and not _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True)
+        and _get_tracing_state() is None  # torch.jit.trace
+    )
+
+
+def _differentiable(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or c.requires_grad):
+        return True
+    return forward_ad._current_level >= 0  # forward mode, which the Functions refuse and the operators would ignore
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast as autocast casts the operands of scaled_dot_product_attention: every real dtype but float64."""
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return x
+    eligible = x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
+
+
+def _seed(seed: int | None, options: Options) -> Tensor | None:
+    """The dropout seed as a 0-d int64 tensor on the CPU: an operator can take it, and reading it waits for no GPU."""
+    if not options.dropout:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device="cpu")
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, call: _Call, **others: Tensor) -> None:
+    """What the operators would not name: another library's array, a device that is neither a CPU nor a GPU."""
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"q must be on the CPU or a CUDA device, got {q.device}")
+    optional = {"alibi_slopes": call.alibi_slopes, "cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+    others = {"k": k, "v": v, **others, **{name: x for name, x in optional.items() if x is not None}}
+    for name, x in others.items():
+        core.check_array(name, x, Tensor)
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
+
+
+# ------------------------------------------------------------------------------------------------ the work itself
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+    """out, contiguous in the caller's layout, and the LSE."""
+    problem = _problem(q, k, v, call, call.options)
+    extras = _extras(problem, call)
+    out = q.new_empty(problem.out_shape)
+    lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype])
+    if problem.device < 0:
+        host.forward(problem, *(_array(x) for x in (q, k, v, out, lse)), **extras)
+    else:
+        pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
+        launch.forward(problem, *pointers, _raw_stream(problem.device), **extras)
+    return out, lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous in the caller's layout."""
+    options = call.options
+    if torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
+    problem = _problem(q, k, v, call, options)
+    extras = _extras(problem, call)
+    bp = core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
+    if bp.dout_strides[-1] != 1:  # expanded, as by out.sum(): a copy costs less than loads of one element at a time
+        dout = dout.contiguous()
+        bp = core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
+    dq, dk, dv = q.new_empty(bp.dq_shape), k.new_empty(bp.dk_shape), v.new_empty(bp.dv_shape)
+    if problem.device < 0:
+        host.backward(bp, *(_array(x) for x in (dout, q, k, v, out, lse, dq, dk, dv)), **extras)
+    else:
+        workspace = q.new_empty(launch.workspace_bytes(bp), dtype=torch.uint8)
+        inputs = dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
+        outputs = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), workspace.data_ptr()
+        launch.backward(bp, *inputs, *outputs, _raw_stream(problem.device), **extras)
+    return dq, dk, dv
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> Problem:
+    views = _view("q", q), _view("k", k), _view("v", v)
+    slopes = None if call.alibi_slopes is None else _view("alibi_slopes", call.alibi_slopes)
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return core.dense(*views, slopes, options)
+    offsets = _view("cu_seqlens_q", call.cu_seqlens_q), _view("cu_seqlens_k", call.cu_seqlens_k)
+    return core.varlen(*views, *offsets, call.max_seqlen_q, call.max_seqlen_k, slopes, options)
+
+
+@lru_cache(maxsize=4096)
+def _dense(
+    q_shape: torch.Size, q_strides: tuple[int, ...], q_dtype: torch.dtype, q_device: int, q_ptr: int,
+    k_shape: torch.Size, k_strides: tuple[int, ...], k_dtype: torch.dtype, k_device: int, k_ptr: int,
+    v_shape: torch.Size, v_strides: tuple[int, ...], v_dtype: torch.dtype, v_device: int, v_ptr: int,
+    options: Options,
+) -> Problem:  # fmt: skip
+    """`problem.dense` without slopes, by what a tensor gives at once: no View is made for the look-up."""
+    return core.dense(
+        View(q_ptr, tuple(q_shape), q_strides, _DTYPES[q_dtype], q_device),
+        View(k_ptr, tuple(k_shape), k_strides, _DTYPES[k_dtype], k_device),
+        View(v_ptr, tuple(v_shape), v_strides, _DTYPES[v_dtype], v_device),
+        None,
+        options,
+    )
+
+
+def _view(name: str, x: Tensor) -> View:
+    core.check_array(name, x, Tensor)
+    return View(x.data_ptr(), tuple(x.shape), x.stride(), _DTYPES[x.dtype], x.get_device())
+
+
+def _array(x: Tensor) -> npt.NDArray[Any]:
+    """The tensor's memory as NumPy sees it, bfloat16 as its bits."""
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype is torch.bfloat16 else x).numpy()
+
+
+def _extras(problem: Problem, call: _Call) -> dict[str, Any]:
+    """The keyword arguments of `anyattn.host` or `anyattn.launch`."""
+    tensors = {"alibi": call.alibi_slopes, "cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+    seed = 0 if call.seed is None else int(call.seed) % 2**64
+    if problem.device >= 0:
+        if call.backend == "cpu":
+            raise ValueError(f"backend='cpu' needs tensors in host memory, got q on cuda:{problem.device}")
+        return {"seed": seed, **{name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}}
+    arrays = {name: None if x is None else _array(x) for name, x in tensors.items()}
+    if arrays["cu_seqlens_q"] is not None and arrays["cu_seqlens_k"] is not None:
+        core.check_cu_seqlens("cu_seqlens_q", arrays["cu_seqlens_q"], problem.total_q, problem.seqlen_q)
+        core.check_cu_seqlens("cu_seqlens_k", arrays["cu_seqlens_k"], problem.total_k, problem.seqlen_k)
+    return {"seed": seed, "backend": call.backend, **arrays}
+
+
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def _save(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call, out: Tensor, lse: Tensor) -> None:
+    ctx.save_for_backward(q, k, v, out, lse, *call[:4])
+    ctx.rest = call[4:]
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for the gradient that the LSE doesn't have
+
+
+def _differentiate(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if dout is None:
+        return None, None, None
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    return _attention_backward(dout, q, k, v, out, lse, _Call(*tensors, *ctx.rest))
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise NotImplementedError("anyattn.attention has first derivatives only: its gradients can't be differentiated")
+
+
+class _Attention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, call) if _eager(q, k, v) else _forward_operator(q, k, v, *_flat(call))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, _Call], output: tuple[Tensor, Tensor]) -> None:
+        _save(ctx, *inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+        return *_differentiate(ctx, dout), None
+
+
+class _Gradients(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if _eager(q, k, v) and _eager(dout, out, lse):
+            return _backward(dout, q, k, v, out, lse, call)
+        return _backward_operator(dout, q, k, v, out, lse, *_flat(call))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        _refuse_second_derivative(ctx, *gradients)
+
+
+_apply_transformed: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply
+_apply_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Gradients.apply
+# Function.apply without the 20 us that it spends on the signature of forward and on functorch.
+_apply_eagerly: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Attention).apply
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+_ARGUMENTS = (  # a flat _Call
+    "Tensor? alibi_slopes, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, bool causal, SymInt[] window, float? scale, float? softcap, float dropout, str layout, "
+    "bool deterministic, str backend"
+)
+
+
+def _flat(call: _Call) -> tuple[Any, ...]:
+    causal, window, *others = call.options
+    pair = window if isinstance(window, tuple) else (window, window)
+    return *call[:6], causal, [-1 if n is None else n for n in pair], *others, call.backend
+
+
+def _unflat(flat: tuple[Any, ...]) -> _Call:
+    slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window, *others, backend = flat
+    options = Options(causal, tuple(window), *others)
+    return _Call(slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, backend)
+
+
+def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, _unflat(flat))
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    lse_shape = list(q.shape[:-1])
+    if len(lse_shape) > 1 and _unflat(flat).options.layout == "bshd":  # ..., rows, heads
+        lse_shape[-2:] = lse_shape[:-3:-1]
+    lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=lse_dtype)
+
+
+def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *flat = inputs
+    _save(ctx, q, k, v, _unflat(tuple(flat)), *output)
+
+
+def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+    return *_differentiate(ctx, dout), *(None,) * 14
+
+
+def _backward_kernel(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(dout, q, k, v, out, lse, _unflat(flat))
+
+
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _register(name: str, inputs: str, outputs: str, kernel: Any, fake: Any, gradient: Any, context: Any = None) -> None:
+    torch.library.define(name, f"({inputs}, {_ARGUMENTS}) -> ({outputs})", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_kernel(name, ["cpu", "cuda"], kernel)
+    torch.library.register_fake(name, fake)
+    torch.library.register_autograd(name, gradient, setup_context=context)
+
+
+_register(
+    "anyattn::attention_forward",
+    "Tensor q, Tensor k, Tensor v",
+    "Tensor, Tensor",
+    _forward_kernel,
+    _forward_fake,
+    _forward_gradient,
+    _forward_context,
+)
+_register(
+    "anyattn::attention_backward",
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse",
+    "Tensor, Tensor, Tensor",
+    _backward_kernel,
+    _backward_fake,
+    _refuse_second_derivative,
+)
+_forward_operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.anyattn.attention_forward.default
+_backward_operator: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.anyattn.attention_backward.default
