@@ -44,11 +44,10 @@ class Head:
         """The identity. A subclass that rounds here shows what storing each matrix in a low precision costs."""
         return x
 
-    def probabilities(self, q: Floats, k: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """Return P, the dropout factor Z, ds/dx (all (S_q, S_k)) and the LSE (S_q,)."""
-        seqlen_q, seqlen_k = len(q), len(k)
-        position = np.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q)
-        key = np.arange(seqlen_k)[None, :]
+    def scores(self, q: Floats, k: Floats) -> tuple[Floats, Floats]:
+        """Return s, -inf where hidden, and its derivative ds/dx, both (S_q, S_k)."""
+        position = np.arange(len(q))[:, None] + (len(k) - len(q))
+        key = np.arange(len(k))[None, :]
         s = self.stored(self.scale * (q @ k.T))
         slope_of_cap = np.ones_like(s)
         if self.softcap is not None:
@@ -56,33 +55,38 @@ class Head:
             s, slope_of_cap = self.stored(self.softcap * tanh), 1.0 - tanh * tanh
         s = self.stored(s - self.slope * np.abs(position - key))
         s[(key < position - self.left) | (key > position + self.right)] = -np.inf
+        return s, slope_of_cap
 
+    def softmax(self, s: Floats) -> tuple[Floats, Floats]:
+        """Return P and the LSE (S_q,)."""
         highest = s.max(axis=1, initial=-np.inf)
         shift = np.where(highest > -np.inf, highest, 0.0)
         weights = np.exp(s - shift[:, None])
         total = weights.sum(axis=1)
         with np.errstate(divide="ignore"):
             lse = shift + np.log(total)
-        p = self.stored(weights / np.where(total > 0.0, total, 1.0)[:, None])
+        return self.stored(weights / np.where(total > 0.0, total, 1.0)[:, None]), lse
+
+    def dropout_factor(self, s: Floats) -> Floats:
+        """Return Z, of the shape of s."""
         z = np.ones_like(s)
         if self.dropout:
-            z *= keep_mask(self.seed, self.dropout, self.batch, self.head, range(seqlen_q), range(seqlen_k))
-        return p, z / (1.0 - self.dropout), slope_of_cap, lse
+            z *= keep_mask(self.seed, self.dropout, self.batch, self.head, range(s.shape[0]), range(s.shape[1]))
+        return z / (1.0 - self.dropout)
 
     def forward(self, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats]:
         """Return out (S_q, D_v) and the LSE (S_q,)."""
         q, k, v = map(self.stored, (q, k, v))
-        p, z, _, lse = self.probabilities(q, k)
-        return self.stored(self.stored(p * z) @ v), lse
+        p, lse = self.softmax(self.scores(q, k)[0])
+        return self.stored(self.stored(p * self.dropout_factor(p)) @ v), lse
 
     def backward(self, dout: Floats, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
         """Return dq, dk and dv."""
-        dout, q, k, v = map(self.stored, (dout, q, k, v))
-        p, z, slope_of_cap, _ = self.probabilities(q, k)
-        dp = self.stored(dout @ v.T) * z
-        dx = self.stored(p * (dp - (p * dp).sum(axis=1, keepdims=True)) * slope_of_cap)
-        dv = self.stored(p * z).T @ dout
-        return self.stored(self.scale * (dx @ k)), self.stored(self.scale * (dx.T @ q)), self.stored(dv)
+        s, slope_of_cap = self.scores(q, k)
+        p, z = self.softmax(s)[0], self.dropout_factor(s)
+        dp = (dout @ v.T) * z
+        dx = p * (dp - (p * dp).sum(axis=1, keepdims=True)) * slope_of_cap
+        return self.scale * (dx @ k), self.scale * (dx.T @ q), (p * z).T @ dout
 
 
 def _heads(

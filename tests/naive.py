@@ -1,8 +1,8 @@
 """Attention as a plain implementation computes it in the inputs' own precision: the yardstick of every tolerance.
 
 The formulas of `anyattn.reference`, but each matrix is rounded where a library that works on whole arrays would store
-it: scores, probabilities, outputs and gradients. float16 and bfloat16 products accumulate in float32, as in matrix
-units, and float32 works in float32 throughout.
+it: scores, probabilities, outputs and gradients. The gradients start from out and the LSE as stored. float16 and
+bfloat16 products accumulate in float32, as in matrix units; float32 works in float32 throughout.
 """
 
 from __future__ import annotations
@@ -24,5 +24,17 @@ def head_type(dtype: np.dtype[Any]) -> type[Head]:
     class RoundedHead(Head):
         def stored(self, x: Any) -> npt.NDArray[Any]:
             return np.asarray(x).astype(dtype).astype(compute)
+
+        def backward(self, dout: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+            """From the stored out and LSE, as every backward pass that is given them."""
+            out, lse = self.forward(q, k, v)
+            dout, q, k, v = map(self.stored, (dout, q, k, v))
+            s, slope_of_cap = self.scores(q, k)
+            lse = np.where(lse > -np.inf, lse, 0.0).astype(compute)
+            p, z = self.stored(np.exp(s - lse[:, None])), self.dropout_factor(s)
+            dp = self.stored(dout @ v.T) * z
+            dx = self.stored(p * (dp - (dout * out).sum(axis=1, keepdims=True)) * slope_of_cap)
+            dv = self.stored(p * z).T @ dout
+            return self.stored(self.scale * (dx @ k)), self.stored(self.scale * (dx.T @ q)), self.stored(dv)
 
     return RoundedHead

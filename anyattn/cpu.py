@@ -1,0 +1,668 @@
+"""FlashAttention-2 in NumPy: exact attention, forward and backward, in linear memory.
+
+Tiles of the score matrix that fit a core's cache are made by matrix products and a few passes in place; the whole
+matrix never exists (Dao, "FlashAttention-2", 2023, algorithms 1 and 2).
+
+    forward, for a block of rows Q [m, D] of one head:      backward, for a block of keys K [n, D], V [n, D_v]:
+        r <- the score of one key that each row sees            dK, dV <- 0
+        O, l <- 0                                               for the blocks Q, dO of the rows that see some of them:
+        for the tiles K, V of keys that some row sees:              P <- exp(Q K^T - LSE)
+            P <- exp(Q K^T - r)                                     dV <- dV + P^T dO
+            l <- l + rowsum(P)                                      dS <- P o (dO V^T - rowsum(dO o O))
+            O <- O + P V                                            dQ <- dQ + dS K
+        O <- O / l;  LSE <- r + log(l)                              dK <- dK + dS^T Q
+
+O / l and r + log(l) don't depend on r, so any r that keeps exp in range will do: the running maximum of the paper is
+needed only where a row of P sums beyond `_OVERFLOW`. What is subtracted from a product (r, LSE, rowsum(dO o O)) is
+subtracted inside it: the left factor carries its negative as one more column, the right factor a column of ones.
+
+float16 and bfloat16 (as uint16 bit patterns) are widened tile by tile and computed in float32. With grouped queries
+the query heads that share a K/V head stand below each other in one tile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numpy.linalg import _umath_linalg
+
+from anyattn.dropout import keep_mask
+from anyattn.problem import UNBOUNDED, BackwardProblem, Problem
+
+Array: TypeAlias = npt.NDArray[Any]
+
+# The longest sides of a tile and its scores: in float32 they fill half of a 1 MiB level-2 cache (two of the smaller
+# tiles of the backward pass do), and are as large as it takes for the products to run at full speed.
+_ROWS, _KEYS, _TILE = 384, 512, 384 * 384
+_BACKWARD_ROWS, _BACKWARD_KEYS = 256, 256
+_OVERFLOW = 2.0**32  # far from overflow still, even when multiplied by V
+_SMALL = 1 << 21  # multiply-adds below which a second thread does not pay
+
+
+# --- entrances -------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    problem: Problem,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    alibi: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    seed: int = 0,
+) -> None:
+    """Write attention's output and its log-sum-exp (natural logarithm; -inf for a row that sees no key).
+
+    Args:
+        problem: the validated call.
+        q, k, v, out: (batch, heads, seqlen, dim), or (heads, total, dim) for packed sequences, with any strides;
+            bfloat16 as uint16 bit patterns.
+        lse: (batch, heads, seqlen_q) or (heads, total_q); float64 for float64, else float32.
+        alibi: float32 slopes, (heads,) or (batch, heads).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) offsets of the packed sequences.
+        seed: of the dropout mask.
+    """
+    if lse.size == 0:
+        return
+    job = _Job(problem, seed, _thread_count(problem))
+    sequences = _sequences(problem, (q, out, lse), (k, v), alibi, cu_seqlens_q, cu_seqlens_k)
+    groups = [(s, heads) for s in sequences for heads in _pieces(problem.heads_kv, job.heads_at_once(s.band))]
+    parts = job.parts(len(groups))
+    _run([partial(_forward, job, s, heads, part, parts) for s, heads in groups for part in range(parts)], job)
+
+
+def backward(
+    bp: BackwardProblem,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    *,
+    alibi: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    seed: int = 0,
+) -> None:
+    """Write the gradients dq, dk and dv; bit for bit the same at every call with the same number of threads.
+
+    Args:
+        bp: the validated call.
+        dout: the gradient of out. All arrays as in `forward`, out and lse as it wrote them.
+        dq, dk, dv: as q, k, v.
+        alibi, cu_seqlens_q, cu_seqlens_k, seed: as in `forward`.
+    """
+    problem = bp.problem
+    if problem.heads_kv == 0:
+        return
+    job = _Job(problem, seed, _thread_count(problem))
+    sequences = _sequences(problem, (q, dout, out, lse, dq), (k, v, dk, dv), alibi, cu_seqlens_q, cu_seqlens_k)
+    groups = [(s, heads) for s in sequences for heads in _pieces(problem.heads_kv, job.heads_at_once(s.band))]
+    parts = job.parts(len(groups))
+    tasks: list[_Task] = []
+    sums: list[_Task] = []
+    for s, heads in groups:
+        q_s, _, _, _, dq_s = s.by_query
+        if parts == 1 and dq_s.dtype == job.compute:
+            shares = [dq_s[heads]]
+            shares[0][...] = 0
+        else:
+            shares = [np.zeros(q_s[heads].shape, job.compute) for _ in range(parts)]
+            sums.append(partial(_add_up, shares, dq_s[heads]))
+        tasks += [partial(_backward, job, s, heads, part, parts, share) for part, share in enumerate(shares)]
+    _run(tasks, job)
+    _run(sums, job)
+
+
+# --- what a call is made of ------------------------------------------------------------------------------------------
+
+
+class _Band(NamedTuple):
+    """Which keys the rows of one sequence see: p - left <= j <= p + right, where row i stands at p = i + offset."""
+
+    left: int
+    right: int
+    seqlen_q: int
+    seqlen_k: int
+
+    @property
+    def offset(self) -> int:
+        return self.seqlen_k - self.seqlen_q
+
+    @property
+    def width(self) -> int:
+        """The keys a row sees at most."""
+        return min(self.left + self.right + 1, self.seqlen_k)
+
+    def keys(self, rows: range) -> range:
+        """The keys that some of these rows see."""
+        start = max(rows.start + self.offset - self.left, 0)
+        return range(start, max(min(rows.stop + self.offset + self.right, self.seqlen_k), start))
+
+    def common_keys(self, rows: range) -> range:
+        """The keys that all of these rows see (empty where it stops before it starts)."""
+        start = max(rows.stop - 1 + self.offset - self.left, 0)
+        return range(start, min(rows.start + self.offset + self.right + 1, self.seqlen_k))
+
+    def rows(self, keys: range) -> range:
+        """The rows that see some of these keys."""
+        start = max(keys.start - self.right - self.offset, 0)
+        return range(start, max(min(keys.stop + self.left - self.offset, self.seqlen_q), start))
+
+    def hide(self, tile: Array, rows: range, keys: range, value: float) -> bool:
+        """Overwrite the entries of a (..., rows, keys) tile that are not visible; tell whether there may be any."""
+        common = self.common_keys(rows)
+        before = range(keys.start, min(keys.stop, common.start))
+        after = range(max(keys.start, common.stop), keys.stop)
+        for part in (before, after):
+            if part:
+                first = part.start - (rows.start + self.offset)
+                hidden = _hidden(len(rows), len(part), first, self.left, self.right)
+                np.copyto(tile[..., part.start - keys.start : part.stop - keys.start], value, where=hidden)
+        return bool(before or after)
+
+
+@lru_cache(maxsize=16)
+def _hidden(rows: int, keys: int, first: int, left: int, right: int) -> npt.NDArray[np.bool_]:
+    """Where |position - key| leaves the window, for rows at positions 0, 1, ... and keys first, first + 1, ..."""
+    relative = np.arange(first, first + keys)[None, :] - np.arange(rows)[:, None]
+    return (relative < -left) | (relative > right)
+
+
+class _Sequence(NamedTuple):
+    """The arrays of one sequence."""
+
+    number: int
+    band: _Band
+    by_query: list[Array]  # each (heads_kv, group, seqlen_q, ...): the query heads that share a K/V head together
+    by_key: list[Array]  # each (heads_kv, seqlen_k, dim)
+    slopes: Array | None  # (heads_kv, group)
+
+
+def _sequences(
+    problem: Problem,
+    by_query: tuple[Array, ...],
+    by_key: tuple[Array, ...],
+    alibi: Array | None,
+    cu_seqlens_q: Array | None,
+    cu_seqlens_k: Array | None,
+) -> Iterator[_Sequence]:
+    group = problem.heads // problem.heads_kv
+    for b in range(problem.batch):
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            queries, keys = [x[b] for x in by_query], [x[b] for x in by_key]
+        else:
+            i, j = (slice(int(cu[b]), int(cu[b + 1])) for cu in (cu_seqlens_q, cu_seqlens_k))
+            queries, keys = [x[:, i] for x in by_query], [x[:, j] for x in by_key]
+        slopes = None if alibi is None else alibi if alibi.ndim == 1 else alibi[b]
+        yield _Sequence(
+            number=b,
+            band=_Band(problem.left, problem.right, queries[0].shape[1], keys[0].shape[1]),
+            by_query=[x.reshape(problem.heads_kv, group, *x.shape[1:]) for x in queries],
+            by_key=keys,
+            slopes=None if slopes is None else slopes.reshape(problem.heads_kv, group),
+        )
+
+
+class _Workspace:
+    """One thread's scratch arrays. They are kept from tile to tile: fresh memory costs a page fault per 4 KiB."""
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self._dtype = dtype
+        self._arrays: dict[str, Array] = {}
+
+    def __call__(self, name: str, *shape: int) -> Array:
+        """An uninitialised C-contiguous array, which lives until the same name is asked for again."""
+        size = math.prod(shape)
+        array = self._arrays.get(name)
+        if array is None or array.size < size:
+            array = self._arrays[name] = np.empty(size, self._dtype)
+        return array[:size].reshape(shape)
+
+
+_Task: TypeAlias = Callable[[_Workspace], None]
+
+
+class _Job:
+    """What every tile of a call has in common."""
+
+    def __init__(self, problem: Problem, seed: int, threads: int) -> None:
+        self.problem = problem
+        self.seed = seed
+        self.threads = threads
+        self.compute = np.dtype(np.float64 if problem.dtype == "float64" else np.float32)
+        self.group = problem.heads // problem.heads_kv
+        self.gain = problem.scale / (problem.softcap or 1.0)  # of q k^T, before tanh
+        self.kept = 1.0 / (1.0 - problem.dropout)  # the weight of what dropout keeps
+
+    def heads_at_once(self, band: _Band) -> int:
+        """K/V heads in one tile: several when the sequences are short, but no fewer tasks than threads."""
+        scores = max(self.group * min(band.seqlen_q, _ROWS) * min(band.seqlen_k, _KEYS), 1)
+        share = -(-self.problem.heads_kv * self.problem.batch // self.threads)
+        return max(min(_TILE // scores, share), 1)
+
+    def parts(self, groups: int) -> int:
+        """Into how many parts to cut the work of each group of heads, to keep all threads busy to the end."""
+        return 1 if groups >= 4 * self.threads or not groups else self.threads // math.gcd(groups, self.threads)
+
+    def side(self, band: _Band, longest: int) -> int:
+        """The height of a tile: short where a mask hides part of the tiles along the band's edges."""
+        masked = min(band.left, band.right) < UNBOUNDED
+        return min(max(band.width // 16, 64), longest) if masked else longest
+
+
+class _Tile(NamedTuple):
+    """Some query heads, rows and keys of one sequence. Its arrays are (heads, members, rows, keys)."""
+
+    job: _Job
+    sequence: _Sequence
+    heads: slice  # K/V heads
+    members: slice  # query heads of each
+    rows: range
+    keys: range
+
+    def finish_scores(self, s: Array, shift: Array, ws: _Workspace, tanh: Array | None = None) -> bool:
+        """Turn products into scores minus `shift`, -inf where hidden, in place; tell whether anything may be hidden.
+
+        Args:
+            s: the product of scaled Q and K, with `shift` subtracted already unless there is softcap.
+            shift: (heads, members, rows).
+            ws: scratch.
+            tanh: if given, receives tanh(x / softcap), which the derivative needs.
+        """
+        softcap, slopes = self.job.problem.softcap, self.sequence.slopes
+        if softcap:
+            np.tanh(s, out=s)
+            if tanh is not None:
+                np.copyto(tanh, s)
+            s *= softcap
+            s -= shift[..., None]
+        if slopes is not None:
+            position = np.arange(self.rows.start, self.rows.stop)[:, None] + self.sequence.band.offset
+            distance = np.abs(position - np.arange(self.keys.start, self.keys.stop)).astype(s.dtype)
+            s -= np.multiply(slopes[self.heads, self.members, None, None], distance, out=ws("bias", *s.shape))
+        return self.hide(s, -np.inf)
+
+    def hide(self, x: Array, value: float) -> bool:
+        """Overwrite what is not visible; tell whether there may be any."""
+        return self.sequence.band.hide(x, self.rows, self.keys, value)
+
+    def drop(self, x: Array) -> None:
+        """Zero what dropout drops."""
+        job = self.job
+        if job.problem.dropout:
+            for h, m in np.ndindex(x.shape[:2]):
+                head = (self.heads.start + h) * job.group + self.members.start + m
+                x[h, m] *= keep_mask(job.seed, job.problem.dropout, self.sequence.number, head, self.rows, self.keys)
+
+    def visible(self) -> Iterator[tuple[int, slice]]:
+        """For each row, its index and the keys it sees, counted inside the tile."""
+        for index, row in enumerate(self.rows):
+            keys = self.sequence.band.keys(range(row, row + 1))
+            start = max(keys.start, self.keys.start)
+            yield index, slice(start - self.keys.start, max(min(keys.stop, self.keys.stop), start) - self.keys.start)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(job: _Job, sequence: _Sequence, heads: slice, part: int, parts: int, ws: _Workspace) -> None:
+    """Attention of each `parts`-th block of rows, for the query heads of some K/V heads."""
+    band = sequence.band
+    blocks = _evenly(range(band.seqlen_q), job.side(band, _ROWS))[part::parts]
+    if not blocks:
+        return
+    # K is transposed once; V is copied tile by tile, so that the product reads it from the cache.
+    seen = band.keys(range(blocks[0].start, blocks[-1].stop))
+    k = sequence.by_key[0][heads, seen.start : seen.stop]
+    k_t = ws("k_t", len(k), k.shape[-1] + 1, len(seen))
+    _widen(k.swapaxes(1, 2), k_t[:, :-1])
+    k_t[:, -1] = 1.0
+    for rows in blocks:
+        for members in _pieces(job.group, max(_ROWS // len(rows), 1)):
+            _forward_block(job, sequence, heads, members, rows, k_t, seen.start, ws)
+
+
+def _forward_block(
+    job: _Job,
+    sequence: _Sequence,
+    heads: slice,
+    members: slice,
+    rows: range,
+    k_t: Array,  # [heads, D + 1, keys from first_key on]
+    first_key: int,
+    ws: _Workspace,
+) -> None:
+    q, out, lse = (x[heads, members, rows.start : rows.stop] for x in sequence.by_query)
+    v = sequence.by_key[1][heads]
+    count, taken, height, head_dim = q.shape
+    head_dim_v = v.shape[-1]
+    flat = taken * height  # the rows of the members, below each other
+    inside = not job.problem.softcap  # the shift is subtracted by the product
+
+    q_tile = ws("q", count, taken, height, head_dim + 1)
+    _widen(q, q_tile[..., :-1])
+    q_tile[..., :-1] *= job.gain
+    shift = _score_of_a_visible_key(_Tile(job, sequence, heads, members, rows, range(0)), q_tile[..., :-1])
+    q_tile[..., -1] = -shift if inside else 0.0
+    total = np.zeros_like(shift)
+    o = ws("o", count, taken, height, head_dim_v)
+    o[...] = 0.0
+
+    for keys in _evenly(sequence.band.keys(rows), min(_TILE // (count * flat), _KEYS)):
+        tile = _Tile(job, sequence, heads, members, rows, keys)
+        p = ws("p", count, taken, height, len(keys))
+        p_flat = p.reshape(count, flat, -1)
+        k_tile = k_t[..., keys.start - first_key : keys.stop - first_key]
+        v_tile = ws("v", count, len(keys), head_dim_v)
+        _widen(v[:, keys.start : keys.stop], v_tile)
+        ones = np.ones(len(keys), p.dtype)
+
+        np.matmul(q_tile.reshape(count, flat, -1), k_tile, out=p_flat)
+        masked = tile.finish_scores(p, shift, ws)
+        np.exp(p, out=p)
+        row_sums = p_flat @ ones
+        if not row_sums.max() <= _OVERFLOW:  # or NaN
+            np.matmul(q_tile.reshape(count, flat, -1), k_tile, out=p_flat)
+            tile.finish_scores(p, shift, ws)
+            rise = np.maximum(p.max(axis=-1), 0.0)
+            p -= rise[..., None]
+            np.exp(p, out=p)
+            row_sums = p_flat @ ones
+            shift += rise
+            q_tile[..., -1] = -shift if inside else 0.0
+            total *= np.exp(-rise)
+            o *= np.exp(-rise)[..., None]
+        total += row_sums.reshape(total.shape)
+
+        tile.drop(p)
+        pv = ws("pv", *o.shape)
+        np.matmul(p_flat, v_tile, out=pv.reshape(count, flat, -1))
+        if masked and not np.isfinite(pv).all():  # 0 * inf: the products again, of what each row sees
+            for i, j in tile.visible():
+                pv[:, :, i] = p[:, :, i, j] @ v_tile[:, j]
+        o += pv
+
+    o *= np.divide(job.kept, total, out=np.zeros_like(total), where=total != 0.0)[..., None]
+    _narrow(o, out)
+    lse[...] = shift + np.log(total)
+
+
+def _score_of_a_visible_key(block: _Tile, q: Array) -> Array:
+    """For each (head, member, row), the score of the nearest key that the row sees; 0 where it sees none."""
+    problem, band = block.job.problem, block.sequence.band
+    if not band.keys(block.rows):
+        return np.zeros(q.shape[:-1], q.dtype)
+    position = np.arange(block.rows.start, block.rows.stop) + band.offset
+    key = position.clip(0, band.seqlen_k - 1)
+    k = block.sequence.by_key[0][block.heads, key]
+    k_rows = np.empty(k.shape, q.dtype)
+    _widen(k, k_rows)
+    score: Array = np.einsum("hmid,hid->hmi", q, k_rows)
+    if problem.softcap:
+        score = problem.softcap * np.tanh(score)
+    distance = np.abs(position - key)
+    if block.sequence.slopes is not None:
+        score = score - block.sequence.slopes[block.heads, block.members, None] * distance.astype(q.dtype)
+    score[..., (key < position - band.left) | (key > position + band.right)] = 0.0
+    return score
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def _backward(job: _Job, sequence: _Sequence, heads: slice, part: int, parts: int, dq: Array, ws: _Workspace) -> None:
+    """dK and dV of each `parts`-th block of keys of some K/V heads, and those keys' share of dQ, added to `dq`."""
+    problem, band = job.problem, sequence.band
+    q, dout, out, lse, _ = (x[heads] for x in sequence.by_query)
+    k, v, dk, dv = (x[heads] for x in sequence.by_key)
+    count, head_dim, head_dim_v = len(k), k.shape[-1], v.shape[-1]
+    row_dots = _row_dots(dout, out, job.compute, ws)
+    lse = np.where(lse == -np.inf, job.compute.type(0.0), lse)  # such a row sees no key: any finite value will do
+    longest = job.side(band, _BACKWARD_ROWS)
+
+    for keys in _evenly(range(band.seqlen_k), job.side(band, _BACKWARD_KEYS))[part::parts]:
+        block = slice(keys.start, keys.stop)
+        k_tile = ws("k", count, len(keys), head_dim)
+        _widen(k[:, block], k_tile)
+        k_t = _transposed_with_ones(k_tile, ws("k_t", count, head_dim + 1, len(keys)))
+        v_tile = ws("v", count, len(keys), head_dim_v)
+        _widen(v[:, block], v_tile)
+        v_t = _transposed_with_ones(v_tile, ws("v_t", count, head_dim_v + 1, len(keys)))
+        dk_sum, dv_sum = ws("dk_sum", *k_tile.shape), ws("dv_sum", *v_tile.shape)
+        dk_sum[...] = dv_sum[...] = 0.0
+
+        for rows in _evenly(band.rows(keys), longest):
+            for members in _pieces(job.group, max(longest // len(rows), 1)):
+                here = slice(None), members, slice(rows.start, rows.stop)
+                tile = _Tile(job, sequence, heads, members, rows, keys)
+                sides = count, members.stop - members.start, len(rows)
+                flat = sides[1] * sides[2]
+
+                q_tile, dout_tile = ws("q", *sides, head_dim + 1), ws("dout", *sides, head_dim_v + 1)
+                _widen(q[here], q_tile[..., :-1])
+                q_tile[..., :-1] *= job.gain
+                _widen(dout[here], dout_tile[..., :-1])
+                q_tile[..., -1] = 0.0 if problem.softcap else -lse[here]
+                dout_tile[..., -1] = 0.0 if problem.dropout else -row_dots[here]
+                q_flat, dout_flat = q_tile.reshape(count, flat, -1), dout_tile.reshape(count, flat, -1)
+
+                p, ds = ws("p", *sides, len(keys)), ws("ds", *sides, len(keys))
+                p_flat, ds_flat = p.reshape(count, flat, -1), ds.reshape(count, flat, -1)
+                tanh = ws("tanh", *p.shape) if problem.softcap else None
+                np.matmul(q_flat, k_t, out=p_flat)
+                masked = tile.finish_scores(p, lse[here], ws, tanh)
+                np.exp(p, out=p)
+
+                np.matmul(dout_flat, v_t, out=ds_flat)
+                if problem.dropout:
+                    tile.drop(ds)
+                    ds *= job.kept
+                    ds -= row_dots[here][..., None]
+                ds *= p
+                if tanh is not None:
+                    np.multiply(tanh, tanh, out=tanh)
+                    ds *= np.subtract(1.0, tanh, out=tanh)
+                    ds *= problem.softcap
+                if masked:
+                    tile.hide(ds, 0.0)
+                tile.drop(p)
+
+                dq_tile = ws("dq", *sides, head_dim)
+                dk_tile, dv_tile = ws("dk", *k_tile.shape), ws("dv", *v_tile.shape)
+                np.matmul(ds_flat, k_tile, out=dq_tile.reshape(count, flat, -1))
+                np.matmul(ds_flat.swapaxes(1, 2), q_flat[..., :-1], out=dk_tile)
+                np.matmul(p_flat.swapaxes(1, 2), dout_flat[..., :-1], out=dv_tile)
+                if masked and not all(np.isfinite(x).all() for x in (dq_tile, dk_tile, dv_tile)):
+                    # 0 * inf: the products again, of what each row sees
+                    dk_tile[...] = dv_tile[...] = 0.0
+                    for i, j in tile.visible():
+                        dq_tile[:, :, i] = ds[:, :, i, j] @ k_tile[:, j]
+                        dk_tile[:, j] += ds[:, :, i, j].swapaxes(1, 2) @ q_tile[:, :, i, :-1]
+                        dv_tile[:, j] += p[:, :, i, j].swapaxes(1, 2) @ dout_tile[:, :, i, :-1]
+                dq_tile *= job.gain
+                dq[here] += dq_tile
+                dk_sum += dk_tile
+                dv_sum += dv_tile
+
+        dv_sum *= job.kept
+        _narrow(dk_sum, dk[:, block])
+        _narrow(dv_sum, dv[:, block])
+
+
+def _row_dots(a: Array, b: Array, dtype: np.dtype[Any], ws: _Workspace) -> Array:
+    """The dot products of the rows of two (heads, members, rows, dim) arrays."""
+    result = np.empty(a.shape[:-1], dtype)
+    for rows in _pieces(a.shape[2], _ROWS):
+        tiles = [ws(name, *x[:, :, rows].shape) for name, x in (("q", a), ("dout", b))]
+        _widen(a[:, :, rows], tiles[0])
+        _widen(b[:, :, rows], tiles[1])
+        np.einsum("hmid,hmid->hmi", *tiles, out=result[:, :, rows])
+    return result
+
+
+def _transposed_with_ones(x: Array, out: Array) -> Array:
+    np.copyto(out[:, :-1], x.swapaxes(1, 2))
+    out[:, -1] = 1.0
+    return out
+
+
+def _add_up(shares: list[Array], dq: Array, ws: _Workspace) -> None:
+    for share in shares[1:]:
+        shares[0] += share
+    _narrow(shares[0], dq)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _evenly(whole: range, longest: int) -> list[range]:
+    """Cut a range into the fewest pieces of at most `longest`, about equal, starting at multiples of 16."""
+    count = -(-len(whole) // max(longest, 16))
+    length = -(-len(whole) // (16 * max(count, 1))) * 16
+    return [range(start, min(start + length, whole.stop)) for start in whole[:: max(length, 1)]]
+
+
+def _pieces(total: int, length: int) -> list[slice]:
+    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
+
+
+def _widen(x: Array, out: Array) -> None:
+    """Copy into a float32 or float64 array; uint16 holds bfloat16, the upper half of a float32."""
+    if x.dtype == np.uint16:
+        bits = out.view(np.uint32)
+        bits[...] = x
+        bits <<= 16
+    else:
+        out[...] = x
+
+
+def _narrow(x: Array, out: Array) -> None:
+    """Copy from a float32 or float64 array, rounding to the nearest, ties to even."""
+    if out.dtype == np.uint16:
+        bits = x.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        out[...] = np.where(np.isnan(x), 0x7FC0, rounded)  # rounding could turn a NaN's payload into infinity
+    else:
+        out[...] = x
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def _thread_count(problem: Problem) -> int:
+    """Threads for this call: $ANYATTN_THREADS, else $OMP_NUM_THREADS, else the cores this process may use."""
+    rows = problem.total_q or problem.batch * problem.seqlen_q
+    scores = problem.heads * rows * min(problem.seqlen_k, problem.left + problem.right + 1)
+    if scores * (problem.head_dim + problem.head_dim_v) < _SMALL or _openblas() is None:
+        return 1
+    for variable in ("ANYATTN_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(variable, "").partition(",")[0].strip()
+        if value.isdigit() and int(value) > 0:
+            return int(value)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _run(tasks: list[_Task], job: _Job) -> None:
+    """Run the tasks on the job's threads, this one among them; the last tasks first."""
+    with _one_blas_thread():
+
+        def work() -> None:
+            ws = _Workspace(job.compute)
+            with np.errstate(all="ignore"):  # overflow, 0 * inf and log(0) are expected and handled
+                while tasks:
+                    try:
+                        task = tasks.pop()
+                    except IndexError:  # another thread took it
+                        return
+                    task(ws)
+
+        helpers = [_pool(job.threads).submit(work) for _ in range(min(job.threads, len(tasks)) - 1)]
+        try:
+            work()
+        finally:
+            tasks.clear()
+            for helper in helpers:
+                helper.result()
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="anyattn")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+
+
+class _OpenBLAS(NamedTuple):
+    get_threads: Callable[[], int]
+    set_threads: Callable[[int], None]
+
+
+@lru_cache
+def _openblas() -> _OpenBLAS | None:
+    """The thread controls of the OpenBLAS that NumPy uses; None when it uses another library."""
+    package = Path(np.__file__).parent
+    bundled = [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]
+    for path in [Path(_umath_linalg.__file__), *bundled]:  # the symbols of an extension's own dependencies count
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:
+            continue
+        for prefix in ("scipy_", ""):
+            for suffix in ("64_", "_64", ""):
+                get = getattr(library, f"{prefix}openblas_get_num_threads{suffix}", None)
+                set_ = getattr(library, f"{prefix}openblas_set_num_threads{suffix}", None)
+                if get and set_:
+                    set_.restype = None
+                    return _OpenBLAS(get, set_)
+    return None
+
+
+_blas_lock = threading.Lock()
+_blas_users = 0
+_blas_threads = 1
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Keep BLAS from starting threads of its own below ours; the last call to end restores its setting."""
+    global _blas_users, _blas_threads
+    blas = _openblas()
+    if blas is None:
+        yield
+        return
+    with _blas_lock:
+        if _blas_users == 0:
+            _blas_threads = blas.get_threads()
+            blas.set_threads(1)
+        _blas_users += 1
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if _blas_users == 0:
+                blas.set_threads(_blas_threads)
