@@ -301,5 +301,9 @@ def _adapter(q: Any) -> Any:
         raise TypeError(
             f"q must be an array of NumPy, CuPy, PyTorch, JAX or a library that speaks DLPack, got {type(q).__name__}"
         )
-    adapter = _ADAPTERS[type(q)] = importlib.import_module(f"anyattn.backends.{name}")
+    if name == "torch":  # torch.compile follows an import statement, but not importlib
+        from anyattn.backends import torch as adapter  # type: ignore[import-not-found]
+    else:
+        adapter = importlib.import_module(f"anyattn.backends.{name}")
+    _ADAPTERS[type(q)] = adapter
     return adapter

@@ -267,7 +267,7 @@ def test_cuda_array_interface_on_a_gpu() -> None:
 
 def to_cupy(x: Array) -> Any:
     """A copy with x's strides; in GPU memory, or in the host's under the fixture below."""
-    cupy = pytest.importorskip("cupy")
+    cupy = pytest.importorskip("cupy", reason="CuPy, the GPU array library, is not installed")
     flat, offset, shape, _ = storage(x)
     memory = cupy.ndarray(max(flat.nbytes, 1), np.uint8)
     if isinstance(memory.data.mem, cupy.cuda.Memory | cupy.cuda.memory.PooledMemory):
@@ -363,7 +363,7 @@ class HostKernels:
 @pytest.fixture
 def host_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """CuPy arrays in host memory (full of NaN at first), on a device and a stream that don't exist."""
-    cupy = pytest.importorskip("cupy")
+    cupy = pytest.importorskip("cupy", reason="CuPy, the GPU array library, is not installed")
     from importlib import import_module
 
     class HostMemory(cupy.cuda.memory.BaseMemory):  # type: ignore[misc]
@@ -513,6 +513,17 @@ def test_only_the_callers_library_is_imported() -> None:
         "pullback(out)\n"
         "heavy = {'cupy', 'torch', 'jax', 'cuda', 'yaml', 'ml_dtypes', 'anyattn.compile'} & {*sys.modules}\n"
         "assert not heavy, heavy"
+    )
+
+
+def test_the_first_call_may_be_compiled() -> None:
+    """The adapter is imported while torch.compile traces."""
+    pytest.importorskip("torch")
+    run_python(
+        "import torch, anyattn\n"
+        "attention = torch.compile(lambda x: anyattn.attention(x, x, x), fullgraph=True, backend='eager')\n"
+        "x = torch.randn(4, 2, 8)\n"
+        "assert torch.equal(attention(x), anyattn.attention(x, x, x))"
     )
 
 
