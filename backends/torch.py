@@ -75,22 +75,23 @@ def attention(
         and alibi_slopes is None
         and not options.dropout
         and backend != "cpu"
-    ):  # the commonest call, spelt out: on its way below it would spend another 3 us
+    ):  # the commonest call, spelt out: the way below would take another 3 us
         q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
         try:
             problem = _dense(
-                *(q.shape, q.stride(), q.dtype, q.get_device(), q_ptr & 15),
-                *(k.shape, k.stride(), k.dtype, k.get_device(), k_ptr & 15),
-                *(v.shape, v.stride(), v.dtype, v.get_device(), v_ptr & 15),
+                q.shape, q.stride(), q.dtype, q.get_device(), q_ptr & 15,
+                k.shape, k.stride(), k.dtype, k.get_device(), k_ptr & 15,
+                v.shape, v.stride(), v.dtype, v.get_device(), v_ptr & 15,
                 options,
-            )
-        except TypeError:  # an option that cannot be hashed: the core will name it
-            problem = core.dense(_view("q", q), _view("k", k), _view("v", v), None, options)
-        out = q.new_empty(problem.out_shape)
-        lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype])
-        launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), lse.data_ptr(), _raw_stream(problem.device))
-    else:
-        out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
+            )  # fmt: skip
+        except TypeError:  # an option that cannot be hashed: the core will name it, on the way below
+            pass
+        else:
+            out = q.new_empty(problem.out_shape)
+            lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype])
+            launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), lse.data_ptr(), _raw_stream(problem.device))
+            return (out, lse) if return_lse else out
+    out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
     return (out, lse) if return_lse else out
 
 
