@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import site
 import subprocess
 import sys
 import sysconfig
@@ -52,12 +51,14 @@ def wheel(checkout: Path) -> Path:
 
 
 def make_venv(folder: Path) -> Path:
-    """An environment with the packages of this one behind its own."""
+    """An environment with all packages of this one but anyattn."""
     venv.create(folder, with_pip=False)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    packages = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
-    parents = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
-    Path(packages, "parents.pth").write_text("".join(f"{parent}\n" for parent in parents))
+    packages = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip())
+    for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(path).iterdir():
+            if not entry.name.startswith(("anyattn", "__editable__", "__pycache__")):
+                (packages / entry.name).symlink_to(entry)
     return python
 
 
