@@ -25,7 +25,8 @@ from pathlib import Path
 __all__ = ["CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version"]
 
 # `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
-OPTIONS = {"std": "c++17", "ptxas_options": ["-v"]}
+# Lambdas take no annotations, so what has none must be device code.
+OPTIONS = {"std": "c++17", "ptxas_options": ["-v"], "device_as_default_execution_space": True}
 
 INSTALL = (
     "pip install 'anyattn[cuda13]' (or 'anyattn[cuda12]' for a CUDA 12 driver), "

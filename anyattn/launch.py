@@ -24,7 +24,7 @@ POINTERS = (
     "q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv", "dq_accum", "delta", "tickets", "alibi_slopes",
     "cu_seqlens_q", "cu_seqlens_k", "seed",
 )  # fmt: skip
-_STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "dq_accum")
+_STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 _POINTERS = struct.Struct(f"{len(POINTERS)}Q")
 
@@ -78,8 +78,8 @@ def backward(
     """Launch the backward kernels. `workspace` points to workspace_bytes(bp) bytes, 256-byte aligned, of any content."""
     prepared = _prepare_backward(bp)
     parts = prepared.plan
-    dq_accum = workspace + parts.delta_bytes if parts.dq_accum_bytes else dq
-    tickets = workspace + parts.delta_bytes + parts.dq_accum_bytes
+    dq_accum = workspace + parts.delta_bytes
+    tickets = dq_accum + parts.dq_accum_bytes
     pointers = (q, k, v, dout, out, lse, dq, dk, dv, dq_accum, workspace, tickets, alibi, cu_seqlens_q, cu_seqlens_k)
     _launch(prepared, (*pointers, seed), stream)
 
@@ -141,7 +141,6 @@ def _prepare_backward(bp: BackwardProblem) -> _Prepared:
     params = _params(bp.problem, chosen)
     for name in ("dout", "out", "dq", "dk", "dv"):
         params[f"{name}_strides"] = getattr(bp, f"{name}_strides")
-    params["dq_accum_strides"] = chosen.dq_accum_strides
     params["lse_batch"], params["lse_head"], params["lse_row"] = bp.lse_strides
     return _prepare(bp.problem, chosen, params)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anyattn.compile import Spec
-from anyattn.problem import ITEMSIZE, BackwardProblem, Problem, Strides
+from anyattn.problem import ITEMSIZE, BackwardProblem, Problem
 
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
 
@@ -58,7 +58,6 @@ class Plan:
     delta_bytes: int = 0  # parts of the workspace, one after another
     dq_accum_bytes: int = 0
     ticket_bytes: int = 0
-    dq_accum_strides: Strides = (0, 0, 0, 0)
 
     @property
     def workspace_bytes(self) -> int:
@@ -89,28 +88,26 @@ def backward(bp: BackwardProblem, device: Device) -> Plan:
         "SHARED_BYTES": tile["shared"],
     }
     by_rows = row_blocks * problem.heads * problem.batch
-    rowwise = {name: constants[name] for name in ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M")} | {"WARPS": 8}
-    delta = {name: constants[name] for name in ("HEAD_DIM_V", "DETERMINISTIC")}
-    kernels = [
-        _kernel("backward_delta", rowwise | delta, device, by_rows),
+    sums = {name: constants[name] for name in ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "KV_WARPS_D", "Q_WARPS_M", "Q_WARPS_D")}
+    sums["WARPS"] = tile["WARPS"]
+    delta = {name: constants[name] for name in ("HEAD_DIM_V", "COPY_BYTES", "DETERMINISTIC")}
+    columns = _padded(problem.head_dim, _backward_parts(tile))
+    kernels = (
+        _kernel("backward_delta", sums | delta, device, by_rows),
         _kernel("backward_sm80", constants, device, key_blocks * problem.heads_kv * problem.batch),
-    ]
-    rows = problem.total_q if problem.varlen else problem.seqlen_q
-    lines = rows * problem.heads * (1 if problem.varlen else problem.batch)
-    width = -(-problem.head_dim // 2) * 2  # the accumulator's rows take aligned pairs
-    strides, accum_bytes = bp.dq_strides, 0
-    if problem.itemsize == 2:  # wider gradients are their own accumulator
-        kernels.append(_kernel("backward_dq", rowwise, device, by_rows))
-        strides = (0 if problem.varlen else problem.heads * rows * width, rows * width, width, 1)
-        accum_bytes = _aligned(lines * width * 4)
+        _kernel("backward_dq", sums | {"SHARED_BYTES": tile["BLOCK_M"] * columns * problem.itemsize}, device, by_rows),
+    )
+    rows, blocks = problem.seqlen_q * problem.batch, row_blocks * problem.batch
+    if problem.varlen:  # a sequence takes one block more than its share at the most
+        rows, blocks = problem.total_q, problem.total_q // tile["BLOCK_M"] + problem.batch
+    accum = ITEMSIZE[problem.lse_dtype]
     return Plan(
         tuple(kernel for kernel in kernels if kernel.grid),
         row_blocks,
         key_blocks,
-        delta_bytes=_aligned(lines * ITEMSIZE[problem.lse_dtype]),
-        dq_accum_bytes=accum_bytes,
-        ticket_bytes=_aligned(by_rows * 4) if problem.deterministic else 0,
-        dq_accum_strides=strides,
+        delta_bytes=_aligned(rows * problem.heads * accum),
+        dq_accum_bytes=_aligned(blocks * problem.heads * tile["BLOCK_M"] * columns * accum),
+        ticket_bytes=_aligned(blocks * problem.heads * 4) if problem.deterministic else 0,
     )
 
 
@@ -164,7 +161,7 @@ def _tile(kernel: str, problem: Problem, device: Device, shared: Any) -> dict[st
     head_dim = max(problem.head_dim, problem.head_dim_v)
     least = None
     for tile in _candidates(kernel, problem.dtype):
-        if head_dim <= tile["head_dim"]:
+        if head_dim <= tile["head_dim"] and tile.get("arch", device.arch) == device.arch:
             needed = shared(tile, problem)
             if needed <= device.shared_bytes:
                 return {**tile, "shared": needed}
@@ -182,12 +179,17 @@ def _forward_shared(tile: dict[str, Any], problem: Problem) -> int:
 
 
 def _backward_shared(tile: dict[str, Any], problem: Problem) -> int:
-    parts = 16 * max(tile["KV"][1], tile["Q"][1])
+    parts = _backward_parts(tile)
     columns = _padded(problem.head_dim, parts) + _padded(problem.head_dim_v, parts)
     rows = tile["BLOCK_N"] + tile["STAGES"] * tile["BLOCK_M"]
     row_sums = tile["STAGES"] * _padded(2 * tile["BLOCK_M"] * ITEMSIZE[problem.lse_dtype], 1024)
     scores = _padded(tile["BLOCK_M"] * tile["BLOCK_N"] * problem.itemsize, 1024)
     return int(rows * columns * problem.itemsize + 2 * scores + row_sums)
+
+
+def _backward_parts(tile: dict[str, Any]) -> int:
+    """What head dims are padded to a multiple of: whole products for each warp that shares the columns."""
+    return 16 * int(max(tile["KV"][1], tile["Q"][1]))
 
 
 # ------------------------------------------------------------------------------------------------ specs

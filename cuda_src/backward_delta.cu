@@ -1,29 +1,42 @@
-// First step of the backward pass: delta = rowsum(dO * O); dQ's accumulator and the tickets are set to zero.  One warp for each row.
-#include "sequence.cuh"
+// First step of the backward pass: delta = rowsum(dO * O), with dQ's accumulator and the tickets set to zero.
+#include "dq_accum.cuh"
 
-using Accum = Traits<Element>::Accum;
+constexpr int BYTES = HEAD_DIM_V * int(sizeof(Element)) | COPY_BYTES;  // its lowest bit is the widest access that rows allow
+constexpr int VECTOR = (BYTES & -BYTES) / int(sizeof(Element));        // elements
+constexpr int LANES = HEAD_DIM_V / VECTOR > 16 ? 32 : HEAD_DIM_V / VECTOR > 8 ? 16 : 8;  // that share a row
+
+struct alignas(VECTOR * sizeof(Element)) Vector {
+  Element x[VECTOR];
+};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __grid_constant__ Params p) {
-  const int lane = threadIdx.x % 32;
-  const int block = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads, batch = blockIdx.x / p.row_blocks / p.heads;
+  const int block_m = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads, batch = blockIdx.x / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
+  const int end = min((block_m + 1) * BLOCK_M, sequence.seqlen_q);
+  if (block_m * BLOCK_M >= end) return;
   const auto dout = sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, head);
   const auto out = sequence.rows_q(static_cast<const Element*>(p.out), p.out_strides, head);
-  const auto dq_accum = sequence.rows_q(static_cast<Accum*>(p.dq_accum), p.dq_accum_strides, head);
   Accum* const delta = static_cast<Accum*>(p.delta) + sequence.workspace_row(p, head);
 
-  if constexpr (DETERMINISTIC)
-    if (threadIdx.x == 0) p.tickets[blockIdx.x] = 0;
-  const int end = min((block + 1) * BLOCK_M, sequence.seqlen_q);
-  for (int row = block * BLOCK_M + threadIdx.x / 32; row < end; row += WARPS) {
+  const int lane = threadIdx.x % LANES;
+  for (int row = block_m * BLOCK_M + threadIdx.x / LANES; row - threadIdx.x / LANES % (32 / LANES) < end; row += 32 * WARPS / LANES) {
     Accum sum = 0;
+    if (row < end) {
 #pragma unroll(4)
-    for (int col = lane; col < HEAD_DIM_V; col += 32)
-      sum += widen(dout.origin[row * dout.row_stride + col * dout.col_stride]) * widen(out.origin[row * out.row_stride + col * out.col_stride]);
+      for (int col = lane * VECTOR; col < HEAD_DIM_V; col += LANES * VECTOR) {
+        const Vector x = *reinterpret_cast<const Vector*>(dout.origin + row * dout.row_stride + col * dout.col_stride);
+        const Vector y = *reinterpret_cast<const Vector*>(out.origin + row * out.row_stride + col * out.col_stride);
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    if (lane == 0) delta[row] = sum;
-#pragma unroll(4)
-    for (int col = lane; col < HEAD_DIM; col += 32) dq_accum.origin[row * dq_accum.row_stride + col] = 0;
+        for (int i = 0; i < VECTOR; ++i) sum += widen(x.x[i]) * widen(y.x[i]);
+      }
+    }
+#pragma unroll
+    for (int mask = LANES / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    if (lane == 0 && row < end) delta[row] = sum;
   }
+
+  const DqAccum dq_accum(p, sequence, head, block_m);
+  for (int i = threadIdx.x; i < BLOCK_M * D * int(sizeof(Accum)) / 16; i += 32 * WARPS) reinterpret_cast<uint4*>(dq_accum.origin)[i] = uint4{0, 0, 0, 0};
+  if constexpr (DETERMINISTIC)
+    if (threadIdx.x == 0) p.tickets[dq_accum.block] = 0;
 }

@@ -1,25 +1,27 @@
-// Last step of the backward pass for 16-bit elements: dQ from its float32 accumulator.  One warp for each row.
-#include "sequence.cuh"
+// Last step of the backward pass: dQ from its accumulator.
+#include "dq_accum.cuh"
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_dq(const __grid_constant__ Params p) {
-  const int lane = threadIdx.x % 32;
-  const int block = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads, batch = blockIdx.x / p.row_blocks / p.heads;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const Tile<Element, BLOCK_M, D> dq_smem{shared_address(shared)};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int block_m = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads, batch = blockIdx.x / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
-  const auto dq = sequence.rows_q(static_cast<Element*>(p.dq), p.dq_strides, head);
-  const auto dq_accum = sequence.rows_q(static_cast<const float*>(p.dq_accum), p.dq_accum_strides, head);
+  const int first_row = block_m * BLOCK_M;
+  if (first_row >= sequence.seqlen_q) return;
 
-  const int end = min((block + 1) * BLOCK_M, sequence.seqlen_q);
-  for (int row = block * BLOCK_M + threadIdx.x / 32; row < end; row += WARPS) {
-    const float* from = dq_accum.origin + row * dq_accum.row_stride;
-    Element* to = dq.origin + row * dq.row_stride;
-    if constexpr (HEAD_DIM % 2 == 0) {
-#pragma unroll(4)
-      for (int col = 2 * lane; col < HEAD_DIM; col += 64) {
-        const float2 x = *reinterpret_cast<const float2*>(from + col);
-        *reinterpret_cast<unsigned*>(to + col) = pack(x.x, x.y, Element{});
-      }
-    } else {
-      for (int col = lane; col < HEAD_DIM; col += 32) to[col] = narrow<Element>(from[col]);
-    }
+  if (warp < Q_WARPS_M * Q_WARPS_D) {
+    QFragments dq;
+    DqAccum(p, sequence, head, block_m).load(dq);
+    const Accum scale = static_cast<Accum>(p.scale);
+    const int row0 = warp % Q_WARPS_M * Q_ROWS + lane / 4, col0 = warp / Q_WARPS_M * Q_COLUMNS + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < Q_ROWS / 8; ++i)
+#pragma unroll
+      for (int n = 0; n < Q_COLUMNS / 8; ++n)
+        dq_smem.store_pair(row0 + 8 * i, col0 + 8 * n, dq[i / 2][n][i % 2 * 2] * scale, dq[i / 2][n][i % 2 * 2 + 1] * scale);
   }
+  __syncthreads();
+  const auto dq_rows = sequence.rows_q(static_cast<Element*>(p.dq), p.dq_strides, head);
+  for (int row = warp * 16; row < BLOCK_M; row += WARPS * 16) store_rows<16, HEAD_DIM>(dq_smem, row, dq_rows, first_row + row);
 }

@@ -12,23 +12,20 @@
 // P and dS go through shared memory, so each of the three kinds of product splits over the warps in the way that
 // reads least: S and dP in S_WARPS_M x S_WARPS_N parts, dK and dV in KV_WARPS_N x KV_WARPS_D, dQ in Q_WARPS_M x Q_WARPS_D.
 #include "band.cuh"
+#include "dq_accum.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"
 #include "score.cuh"
 #include "sequence.cuh"
 
-using Accum = Traits<Element>::Accum;
-
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_STEP = Traits<Element>::K_STEP;
-constexpr int COLUMNS = 16 * (KV_WARPS_D > Q_WARPS_D ? KV_WARPS_D : Q_WARPS_D);  // head dims are padded to whole parts
-constexpr int D = (HEAD_DIM + COLUMNS - 1) / COLUMNS * COLUMNS, DV = (HEAD_DIM_V + COLUMNS - 1) / COLUMNS * COLUMNS;
+constexpr int DV = (HEAD_DIM_V + Q_COLUMN_STEP - 1) / Q_COLUMN_STEP * Q_COLUMN_STEP;
 constexpr int S_ROWS = BLOCK_M / S_WARPS_M, S_KEYS = BLOCK_N / S_WARPS_N;
 constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLUMNS = DV / KV_WARPS_D;
-constexpr int Q_ROWS = BLOCK_M / Q_WARPS_M, Q_COLUMNS = D / Q_WARPS_D;
 static_assert(BLOCK_M <= THREADS);
-static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0 && Q_ROWS % 16 == 0);
-static_assert(S_WARPS_M * S_WARPS_N <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS && Q_WARPS_M * Q_WARPS_D <= WARPS);
+static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0);
+static_assert(S_WARPS_M * S_WARPS_N <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS);
 
 using TileK = Tile<Element, BLOCK_N, D>;
 using TileV = Tile<Element, BLOCK_N, DV>;
@@ -91,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
 
   const Band band(p, sequence);
   const Band::Blocks blocks = band.row_blocks(first_key, BLOCK_N, BLOCK_M);
-  const Accum scale = static_cast<Accum>(p.scale);
+  Score<Accum> score(p, band);
+  const Accum scale = static_cast<Accum>(p.scale), keep_scale = static_cast<Accum>(p.keep_scale);
   const int s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
   const int kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
   const int q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
@@ -140,9 +138,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
 
     if (s_active) {
       constexpr int M = S_ROWS / 16, N = S_KEYS / 8;
+      const int row0 = first_row + s_row + lane / 4, key0 = first_key + s_key + lane % 4 * 2;  // of this lane's first entry
       Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_KEYS]
       gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem, s_row),
                                 SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
+      score.select_head(p, batch, step.head);
+      score.apply(s, row0, key0);
+      if (!band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N)) band.mask(s, row0, key0);
       gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem, s_row),
                                  SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
 
@@ -156,35 +158,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
         load_shared(delta_rmem[i / 2][i % 2], from + BLOCK_M * int(sizeof(Accum)));
         lse = lse == minus_infinity<Accum>() ? -lse : lse * static_cast<Accum>(LOG2E);  // a row that sees nothing: exp2(s - inf) = 0
       }
-      const Score<Accum> score(p, band, batch, step.head);
       const Dropout dropout(p, batch, step.head);
-      const Accum keep_scale = static_cast<Accum>(p.keep_scale);
-      const int row0 = first_row + s_row + lane / 4, key0 = first_key + s_key + lane % 4 * 2;
-      const auto differentiate = [&](auto masked) {  // S -> dropout(P), dP -> dS
 #pragma unroll
-        for (int i = 0; i < M * N; ++i) {  // four entries: rows r, r + 8 and keys c, c + 8
-          const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
-          bool keep[4] = {true, true, true, true};
-          if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
+      for (int i = 0; i < M * N; ++i) {  // S -> dropout(P), dP -> dS, four entries at a time: rows r, r + 8 and keys c, c + 8
+        const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
+        bool keep[4] = {true, true, true, true};
+        if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
-            Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
-            const Accum prob = exp2_fast(score.apply(x, row, key) * score.factor - lse_rmem[m][half]);
-            if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
-            y = prob * (y - delta_rmem[m][half]) * score.derivative(x);
-            x = keep[j] ? prob : 0;
-            if constexpr (masked.value) {
-              const bool visible = band.sees(row, key);
-              x = visible ? x : 0, y = visible ? y : 0;
-            }
-          }
+        for (int j = 0; j < 4; ++j) {
+          const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
+          Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
+          const Accum prob = exp2_fast(x * score.factor - lse_rmem[m][half]);
+          if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
+          y = prob * (y - delta_rmem[m][half]) * score.derivative(x, row, key);
+          x = keep[j] ? prob : 0;
         }
-      };
-      if (band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N))
-        differentiate(Constant<false>{});
-      else
-        differentiate(Constant<true>{});
+      }
 #pragma unroll
       for (int i = 0; i < M * N * 2; ++i) {
         const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
@@ -195,6 +184,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
     }
     __syncthreads();  // P and dS are here
 
+    const DqAccum dq_accum(p, sequence, step.head, step.block_m);
+    QFragments dq = {};
+    if (q_active)
+      gemm<Element, BLOCK_N / K_STEP>(dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, q_row),
+                                      SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, q_part * Q_COLUMNS));
+    const Turn turn{p.tickets + dq_accum.block, block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
+    if constexpr (DETERMINISTIC) turn.wait();
+    if (q_active) dq_accum.add(dq);
+    if constexpr (DETERMINISTIC) turn.pass();
+
     if (kv_active) {
       constexpr int STEPS = BLOCK_M / K_STEP;
       gemm<Element, STEPS>(dv, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(p_smem, kv_key),
@@ -202,27 +201,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
       gemm<Element, STEPS>(dk, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(ds_smem, kv_key),
                            SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(q_smem, kv_part * K_COLUMNS));
     }
-
-    Accum dq[Q_ROWS / 16][Q_COLUMNS / 8][4] = {};
-    if (q_active)
-      gemm<Element, BLOCK_N / K_STEP>(dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, q_row),
-                                      SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, q_part * Q_COLUMNS));
-    const Turn turn{p.tickets + (static_cast<long long>(batch) * p.heads + step.head) * p.row_blocks + step.block_m,
-                    block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
-    if constexpr (DETERMINISTIC) turn.wait();
-    if (q_active) {
-      const auto dq_accum = sequence.rows_q(static_cast<Accum*>(p.dq_accum), p.dq_accum_strides, step.head);
-      int row = first_row + q_row + lane / 4;
-      Accum* to = dq_accum.origin + row * dq_accum.row_stride;
-#pragma unroll
-      for (int i = 0; i < Q_ROWS / 8; ++i, row += 8, to += 8 * dq_accum.row_stride) {
-        if (row >= dq_accum.rows) break;
-#pragma unroll
-        for (int n = 0; n < Q_COLUMNS / 8; ++n)
-          add_global_pair<HEAD_DIM>(to, q_part * Q_COLUMNS + 8 * n + lane % 4 * 2, dq[i / 2][n][i % 2 * 2] * scale, dq[i / 2][n][i % 2 * 2 + 1] * scale);
-      }
-    }
-    if constexpr (DETERMINISTIC) turn.pass();
 
     if (STAGES == 1 && steps > 1) {
       __syncthreads();  // everyone is done with Q and dO
@@ -234,6 +212,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   const auto dk_rows = sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, head_kv);
   const auto dv_rows = sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, head_kv);
   store_gradient<HEAD_DIM>(k_smem, dk, scale, dk_rows, first_key, kv_key, kv_part * K_COLUMNS, kv_active);
-  store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? static_cast<Accum>(p.keep_scale) : Accum(1), dv_rows, first_key, kv_key, kv_part * V_COLUMNS,
+  store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? keep_scale : Accum(1), dv_rows, first_key, kv_key, kv_part * V_COLUMNS,
                              kv_active);
 }

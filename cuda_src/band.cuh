@@ -11,7 +11,20 @@ struct Band {
 
   __device__ __forceinline__ int low(int row) const { return max(0, row + offset - left); }
   __device__ __forceinline__ int high(int row) const { return max(0, min(seqlen_k, row + offset + right + 1)); }
-  __device__ __forceinline__ bool sees(int row, int key) const { return key >= low(row) && key < high(row); }
+
+  // Scores of keys that a row does not see become -inf.  The lane's first entry is that of row0 and key0.
+  template <int M, int N, class Accum>
+  __device__ __forceinline__ void mask(Accum (&s)[M][N][4], int row0, int key0) const {
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      const int row = row0 + 8 * i, begin = low(row) - key0, end = high(row) - key0;
+#pragma unroll
+      for (int j = 0; j < 2 * N; ++j) {
+        const int key = j / 2 * 8 + j % 2;
+        if (key < begin || key >= end) s[i / 2][j / 2][i % 2 * 2 + j % 2] = minus_infinity<Accum>();
+      }
+    }
+  }
 
   // Both ends only grow from row to row.  Keys seen by some row, and by all rows, of [first, last]:
   __device__ __forceinline__ bool all_see(int first, int last, int key_begin, int key_end) const {

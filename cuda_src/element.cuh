@@ -30,11 +30,6 @@ struct Traits<double> {
   static constexpr int ALIGN_COLS = 16;
 };
 
-template <bool VALUE>
-struct Constant {  // a compile-time argument of a lambda
-  static constexpr bool value = VALUE;
-};
-
 template <class E>
 constexpr bool IS_16BIT = sizeof(E) == 2;
 

@@ -50,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   if (first_row >= sequence.seqlen_q) return;
 
   const Band band(p, sequence);
-  const Score<Accum> score(p, band, batch, head);
+  Score<Accum> score(p, band);
+  score.select_head(p, batch, head);
   const Dropout dropout(p, batch, head);
   const auto q = sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head);
   const auto k = sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head / p.group);
@@ -89,15 +90,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
       copy_async_commit();
     }
 
-    const bool all_visible = band.all_see(first_row, last_row, first_key, first_key + BLOCK_N);
-    if (!Score<Accum>::RAW || !all_visible) {
-#pragma unroll
-      for (int i = 0; i < M * N * 4; ++i) {
-        const int m = i / (4 * N), n = i / 4 % N, c = i % 4;
-        const int row = row0 + 16 * m + c / 2 * 8, key = first_key + key0 + 8 * n + c % 2;
-        s[m][n][c] = all_visible || band.sees(row, key) ? score.apply(s[m][n][c], row, key) : minus_infinity<Accum>();
-      }
-    }
+    score.apply(s, row0, first_key + key0);
+    if (!band.all_see(first_row, last_row, first_key, first_key + BLOCK_N)) band.mask(s, row0, first_key + key0);
 
     softmax.update(s, o, score.factor);
 

@@ -22,7 +22,7 @@ struct Fragment<float> {
 
 __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
   high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;  // round to 10 stored bits, half away from zero
-  low = __float_as_uint(x - __uint_as_float(high));
+  low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;  // the tensor cores ignore the bits behind
 }
 
 template <class E>
@@ -133,44 +133,38 @@ struct RegisterOperand {
   }
 };
 
+constexpr int TF32_GROUP = 2;
+
 // acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps.
 template <class E, int K, int M, int N, class Accum, class OperandA, class OperandB>
 __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b) {
-  if constexpr (sizeof(E) == 4) {
-    // TensorFloat-32 products truncate as they accumulate.  A fresh accumulator a call, added in float32, keeps that from
-    // growing with the sequence.
+  // Tensor cores truncate TensorFloat-32 sums as they accumulate, which is worse than float32's rounding.  So their sums are
+  // kept to GROUP steps, and added to the accumulator in float32.
+  constexpr bool GROUPED = sizeof(E) == 4;
+  constexpr int GROUP = GROUPED ? TF32_GROUP : 1;
+#pragma unroll
+  for (int k = 0; k < K; k += GROUP) {
+    Fragment<E> fragment_a[GROUP][M];
+#pragma unroll
+    for (int i = 0; i < GROUP * M; ++i) fragment_a[i / M][i % M] = a.load(i % M, k + i / M);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      Accum fresh[M][2][4] = {};
+      Accum group[M][2][4] = {};
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const Fragment<E> fragment_b = b.load(n / 2, k);
+      for (int i = 0; i < GROUP; ++i) {
+        const Fragment<E> fragment_b = b.load(n / 2, k + i);
 #pragma unroll
-        for (int m = 0; m < M; ++m) mma<E>(fresh[m][0], fresh[m][1], a.load(m, k), fragment_b);
+        for (int m = 0; m < M; ++m) {
+          if constexpr (GROUPED)
+            mma<E>(group[m][0], group[m][1], fragment_a[i][m], fragment_b);
+          else
+            mma<E>(acc[m][n], acc[m][n + 1], fragment_a[i][m], fragment_b);
+        }
       }
+      if constexpr (GROUPED) {
 #pragma unroll
-      for (int m = 0; m < M; ++m)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += fresh[m][i / 4][i % 4];
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      Fragment<E> fragment_a[M];
-#pragma unroll
-      for (int m = 0; m < M; ++m) fragment_a[m] = a.load(m, k);
-#pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        const Fragment<E> fragment_b = b.load(n / 2, k);
-#pragma unroll
-        for (int m = 0; m < M; ++m) mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m], fragment_b);
+        for (int i = 0; i < M * 8; ++i) acc[i / 8][n + i / 4 % 2][i % 4] += group[i / 8][i / 4 % 2][i % 4];
       }
     }
   }
-}
-
-template <class Accum, int M, int N>
-__device__ __forceinline__ void clear(Accum (&acc)[M][N][4]) {
-#pragma unroll
-  for (int i = 0; i < M * N * 4; ++i) acc[i / (4 * N)][i / 4 % N][i % 4] = 0;
 }

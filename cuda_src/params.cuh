@@ -13,7 +13,7 @@ struct Params {
   const float* alibi_slopes;
   const int *cu_seqlens_q, *cu_seqlens_k;  // varlen only
   unsigned long long seed;
-  Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides, dq_accum_strides;
+  Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   long long lse_batch, lse_head, lse_row;  // strides of lse
   long long alibi_batch, alibi_head;
   double scale, softcap, keep_scale;  // keep_scale = 1 / (1 - dropout)

@@ -14,24 +14,38 @@ struct Score {
   Accum scale, softcap, slope, factor;
   int offset;
 
-  __device__ __forceinline__ Score(const Params& p, const Band& band, int batch, int head)
+  __device__ __forceinline__ Score(const Params& p, const Band& band)
       : scale(static_cast<Accum>(p.scale)), softcap(static_cast<Accum>(p.softcap)), slope(0),
-        factor(RAW ? static_cast<Accum>(p.scale * LOG2E) : Accum(1)), offset(band.offset) {
+        factor(RAW ? static_cast<Accum>(p.scale * LOG2E) : Accum(1)), offset(band.offset) {}
+
+  __device__ __forceinline__ void select_head(const Params& p, int batch, int head) {
     if constexpr (ALIBI) slope = p.alibi_slopes[batch * p.alibi_batch + head * p.alibi_head];
   }
 
   __device__ __forceinline__ Accum apply(Accum x, int row, int key) const {
-    if constexpr (RAW) return x;
     x *= scale;
     if constexpr (SOFTCAP) x = softcap * tanh(x / softcap);
     if constexpr (ALIBI) x -= slope * static_cast<Accum>(abs(row + offset - key));
     return x * static_cast<Accum>(LOG2E);
   }
 
-  // d(score) / d(scale * q.k), from the raw score.
-  __device__ __forceinline__ Accum derivative(Accum x) const {
+  template <int M, int N>
+  __device__ __forceinline__ void apply(Accum (&s)[M][N][4], int row0, int key0) const {
+    if constexpr (!RAW) {
+#pragma unroll
+      for (int i = 0; i < M * N * 4; ++i) {
+        const int m = i / (4 * N), n = i / 4 % N, c = i % 4;
+        s[m][n][c] = apply(s[m][n][c], row0 + 16 * m + c / 2 * 8, key0 + 8 * n + c % 2);
+      }
+    }
+  }
+
+  // d(score) / d(scale * q.k), from what apply() returned.
+  __device__ __forceinline__ Accum derivative(Accum x, int row, int key) const {
     if constexpr (!SOFTCAP) return 1;
-    const Accum t = tanh(x * scale / softcap);
+    x *= static_cast<Accum>(LN2);
+    if constexpr (ALIBI) x += slope * static_cast<Accum>(abs(row + offset - key));
+    const Accum t = max(x / softcap, Accum(-1));  // tanh; a masked score is -inf
     return 1 - t * t;
   }
 };

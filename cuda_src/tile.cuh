@@ -50,12 +50,13 @@ struct Rows {
   int rows;  // how many there are
 };
 
-// How threads share the copy of a tile, VECTOR bytes each at a time: neighbours along a panel's row, then down the rows.
-// Rows that are a multiple of 8 apart have the same swizzle, so a thread's later addresses differ from its first by constants.
+// How threads share the copy of a tile, VECTOR bytes each at a time: along a row's segment (a panel, where there are threads
+// enough), then down the rows.  Rows that are a multiple of 8 apart have the same swizzle, so that a thread's later addresses
+// differ from its first by constants.
 template <class T, int VECTOR, int THREADS, int ROWS>
 struct CopyLayout {
-  static constexpr int PER_ROW = T::PANEL / VECTOR, ROW_STEP = THREADS / PER_ROW;
-  static constexpr int STEPS = (ROWS + ROW_STEP - 1) / ROW_STEP, PANELS = T::ROW_BYTES / T::PANEL;
+  static constexpr int PER_ROW = T::PANEL / VECTOR < THREADS ? T::PANEL / VECTOR : THREADS, SEGMENT = PER_ROW * VECTOR;
+  static constexpr int ROW_STEP = THREADS / PER_ROW, STEPS = (ROWS + ROW_STEP - 1) / ROW_STEP, SEGMENTS = T::ROW_BYTES / SEGMENT;
   static constexpr bool WHOLE = ROWS % ROW_STEP == 0;  // else the last step is for some threads only
   static_assert(THREADS % PER_ROW == 0);
 
@@ -65,11 +66,11 @@ struct CopyLayout {
   __device__ __forceinline__ CopyLayout(const T& tile, int thread, int start_row)
       : row(thread / PER_ROW), byte(thread % PER_ROW * VECTOR), first_address(tile.address(start_row + row, byte)) {}
 
-  __device__ __forceinline__ unsigned address(const T& tile, int start_row, int step, int panel) const {
-    if constexpr (ROW_STEP % 8 == 0)
-      return first_address + step * (ROW_STEP * T::PANEL) + panel * (T::ROWS * T::PANEL);
+  __device__ __forceinline__ unsigned address(const T& tile, int start_row, int step, int segment) const {
+    if constexpr (ROW_STEP % 8 == 0 && SEGMENT == T::PANEL)
+      return first_address + step * (ROW_STEP * T::PANEL) + segment * (T::ROWS * T::PANEL);
     else
-      return tile.address(start_row + row + step * ROW_STEP, panel * T::PANEL + byte);
+      return tile.address(start_row + row + step * ROW_STEP, segment * SEGMENT + byte);
   }
 };
 
@@ -80,7 +81,9 @@ __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& so
   constexpr bool VECTORS = COPY_BYTES > int(sizeof(E)) && COPY_BYTES >= 4;
   constexpr int VECTOR = VECTORS ? COPY_BYTES : int(sizeof(E));  // bytes a copy
   using Layout = CopyLayout<T, VECTOR, THREADS, T::ROWS>;
-  const Layout layout(tile, threadIdx.x, 0);
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // addresses are cheaper to compute anew than to keep in registers across a main loop
+  const Layout layout(tile, thread, 0);
   const long long column = VECTORS ? 1 : source.col_stride;
   const E* from = source.origin + (first + layout.row) * source.row_stride + layout.byte / int(sizeof(E)) * column;
 #pragma unroll
@@ -89,10 +92,10 @@ __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& so
     if (!Layout::WHOLE && row >= T::ROWS) break;
     const bool inside = first + row < source.rows;
 #pragma unroll
-    for (int panel = 0; panel < Layout::PANELS; ++panel) {
-      const int left = WIDTH * int(sizeof(E)) - panel * T::PANEL - layout.byte;  // bytes from here to the end of the row
-      const unsigned to = layout.address(tile, 0, step, panel);
-      const E* vector = from + panel * (T::PANEL / int(sizeof(E))) * column;
+    for (int segment = 0; segment < Layout::SEGMENTS; ++segment) {
+      const int left = WIDTH * int(sizeof(E)) - segment * Layout::SEGMENT - layout.byte;  // bytes from here to the end of the row
+      const unsigned to = layout.address(tile, 0, step, segment);
+      const E* vector = from + segment * (Layout::SEGMENT / int(sizeof(E))) * column;
       if constexpr (VECTOR < 4)
         store_shared(to, inside && left > 0 ? vector->bits : static_cast<unsigned short>(0));
       else if constexpr (WIDTH * int(sizeof(E)) % VECTOR == 0)
@@ -117,8 +120,8 @@ __device__ __forceinline__ void store_rows(const T& tile, int start_row, const R
     if ((!Layout::WHOLE && row >= COUNT) || first + row >= target.rows) break;
     char* const to = reinterpret_cast<char*>(target.origin + (first + row) * target.row_stride) + layout.byte;
 #pragma unroll
-    for (int panel = 0; panel < Layout::PANELS; ++panel)
-      if (panel * T::PANEL + layout.byte < WIDTH_BYTES)
-        copy_to_global<VECTOR>(to + panel * T::PANEL, tile.address(start_row + row, panel * T::PANEL + layout.byte));
+    for (int segment = 0; segment < Layout::SEGMENTS; ++segment)
+      if (segment * Layout::SEGMENT + layout.byte < WIDTH_BYTES)
+        copy_to_global<VECTOR>(to + segment * Layout::SEGMENT, layout.address(tile, start_row, step, segment));
   }
 }

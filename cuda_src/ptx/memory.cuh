@@ -93,6 +93,7 @@ __device__ __forceinline__ void copy_to_global(void* destination, unsigned sourc
   }
 }
 
+// Additions in global memory, in whatever order the hardware likes.
 __device__ __forceinline__ void add_global(float* pointer, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(x) : "memory");
 }
@@ -100,18 +101,11 @@ __device__ __forceinline__ void add_global(double* pointer, double x) {
   asm volatile("red.global.add.f64 [%0], %1;" ::"l"(pointer), "d"(x) : "memory");
 }
 
-// Adds to columns col and col + 1 (col is even) of a row of WIDTH sums, in whatever order the hardware likes.
-template <int WIDTH, class Accum>
-__device__ __forceinline__ void add_global_pair(Accum* row, int col, Accum x, Accum y) {
 #if __CUDA_ARCH__ >= 900
-  if constexpr (WIDTH % 2 == 0 && sizeof(Accum) == 4) {
-    if (col < WIDTH) asm volatile("red.global.add.v2.f32 [%0], {%1,%2};" ::"l"(row + col), "f"(x), "f"(y) : "memory");
-    return;
-  }
-#endif
-  if (col < WIDTH) add_global(row + col, x);
-  if (col + 1 < WIDTH) add_global(row + col + 1, y);
+__device__ __forceinline__ void add_global(float* pointer, const float (&x)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
+#endif
 
 __device__ __forceinline__ int load_acquire(const int* pointer) {
   int value;
