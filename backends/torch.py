@@ -405,9 +405,10 @@ _ARGUMENTS = (  # a flat _Call
 
 
 def _flat(call: _Call) -> tuple[Any, ...]:
-    causal, window, *others = call.options
+    *head, options, backend = call
+    causal, window, *others = options
     pair = window if isinstance(window, tuple) else (window, window)
-    return *call[:6], causal, [-1 if n is None else n for n in pair], *others, call.backend
+    return *head, causal, [-1 if n is None else n for n in pair], *others, backend
 
 
 def _unflat(flat: tuple[Any, ...]) -> _Call:
