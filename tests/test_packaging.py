@@ -73,8 +73,8 @@ def check_everything(python: Path, folder: Path, package: Path, tests: Path, **e
     found = Path(run([python, "-c", program], folder, **environment).strip())
     assert found.samefile(package)
     assert json.loads(run([python, "-m", "anyattn", "info", "--json"], folder, **environment))["anyattn"]
-    collect = [python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", tests / "test_compile.py"]
-    assert "test_prelude" in run(collect, folder, **environment)
+    collect = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", tests / "test_compile.py"]
+    assert "test_prelude" in run([python, *collect], folder, **environment)
 
 
 def test_wheel_holds_all_that_is_needed_and_no_more(wheel: Path, checkout: Path) -> None:
