@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +51,7 @@ class _Prepared:
     """A plan whose kernels are loaded: what is left to do for a call is to fill in the pointers."""
 
     plan: Plan
-    launches: tuple[Callable[..., None], ...]  # CuPy functions with grid, block and shared memory bound
+    launches: tuple[tuple[Any, tuple[int, int, int], tuple[int, int, int], int], ...]  # function, grid, block, shared memory
     constants: bytes  # Params behind its pointers
     device: int
 
@@ -162,11 +161,16 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
 
 
 def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _Prepared:
-    launches = []
-    for kernel in chosen.kernels:
-        function = _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device)
-        launches.append(functools.partial(_call, function, (kernel.grid,), (kernel.threads,), kernel.shared_bytes))
-    return _Prepared(chosen, tuple(launches), params.tobytes()[_POINTERS.size :], problem.device)
+    launches = tuple(
+        (
+            _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device),
+            (kernel.grid, 1, 1),
+            (kernel.threads, 1, 1),
+            kernel.shared_bytes,
+        )
+        for kernel in chosen.kernels
+    )
+    return _Prepared(chosen, launches, params.tobytes()[_POINTERS.size :], problem.device)
 
 
 @functools.cache
@@ -178,17 +182,35 @@ def _function(path: str, name: str, shared_bytes: int, ordinal: int) -> Any:
         kernel = cupy.RawModule(path=path).get_function(name)
         if shared_bytes > 48 << 10:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
-        return kernel
+        return kernel.kernel  # its cupy.cuda.Function: a third less to do for a launch
 
 
-def _call(kernel: Any, grid: tuple[int], block: tuple[int], shared_bytes: int, args: tuple[Any, ...], stream: Any) -> None:
-    kernel(grid, block, args, shared_mem=shared_bytes, stream=stream)
+@functools.cache
+def _runtime() -> Any:
+    import cupy
+
+    return cupy.cuda.runtime
+
+
+class _Stream:
+    """A raw stream as CuPy's functions take it."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
 
 
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
-    import cupy
-
     args = (np.frombuffer(_POINTERS.pack(*pointers) + prepared.constants, PARAMS)[0],)
-    with cupy.cuda.Device(prepared.device), cupy.cuda.ExternalStream(stream) as external:
-        for launch in prepared.launches:
-            launch(args, external)
+    external = _Stream(stream)
+    runtime = _runtime()
+    current = runtime.getDevice()
+    if current != prepared.device:
+        runtime.setDevice(prepared.device)
+    try:
+        for function, grid, block, shared_bytes in prepared.launches:
+            function(grid, block, args, shared_bytes, external)
+    finally:
+        if current != prepared.device:
+            runtime.setDevice(current)

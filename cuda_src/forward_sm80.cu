@@ -54,12 +54,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   score.select_head(p, batch, head);
   const Dropout dropout(p, batch, head);
   const auto q = sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head);
-  const auto k = sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head / p.group);
-  const auto v = sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head / p.group);
+  const int head_kv = head / p.group;
+  const auto load_k = [&](int first) {
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, recompute(head_kv)), first);
+    copy_async_commit();
+  };
+  const auto load_v = [&](int first) {
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, recompute(head_kv)), first);
+    copy_async_commit();
+  };
 
   const int last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
   const Band::Blocks blocks = band.key_blocks(first_row, BLOCK_M, BLOCK_N);
-  const int row0 = first_row + warp * WARP_ROWS + lane / 4, key0 = lane % 4 * 2;  // of this lane's first accumulator
+  const int row0 = first_row + warp * WARP_ROWS + lane / 4;  // of this lane's first accumulator
 
   Softmax<Accum, M> softmax;
   Accum o[M][N_OUT][4] = {};  // [WARP_ROWS, DV / V_PARTS]
@@ -70,28 +77,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 
   if (blocks.begin < blocks.end) {
     load_tile<COPY_BYTES, HEAD_DIM, THREADS>(q_smem, q, first_row);
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, k, (blocks.end - 1) * BLOCK_N);
-    copy_async_commit();
+    load_k((blocks.end - 1) * BLOCK_N);
   }
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     const int first_key = block * BLOCK_N;
     copy_async_wait<0>();
     __syncthreads();  // K is here, and everyone is done with the previous V
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, v, first_key);
-    copy_async_commit();
+    load_v(first_key);
 
     Accum s[M][N][4] = {};  // [WARP_ROWS, BLOCK_N]
     gemm<Element, D / K_STEP>(s, q_operand, k_operand);
 
     copy_async_wait<0>();
     __syncthreads();  // V is here, and everyone is done with K
-    if (block > blocks.begin) {
-      load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, k, first_key - BLOCK_N);
-      copy_async_commit();
-    }
+    if (block > blocks.begin) load_k(first_key - BLOCK_N);
 
-    score.apply(s, row0, first_key + key0);
-    if (!band.all_see(first_row, last_row, first_key, first_key + BLOCK_N)) band.mask(s, row0, first_key + key0);
+    const int key0 = first_key + recompute(lane) % 4 * 2;
+    score.apply(s, row0, key0);
+    if (!band.all_see(first_row, last_row, first_key, first_key + BLOCK_N)) band.mask(s, row0, key0);
 
     softmax.update(s, o, score.factor);
 
@@ -100,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
       for (int i = 0; i < M * N; ++i) {  // two rows, two keys each
         const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
         bool keep[4];
-        dropout.keep(keep, row0 + 16 * m, first_key + key0 + 8 * n + odd);
+        dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           if (!keep[j]) s[m][n + j % 2][j / 2 * 2 + odd] = 0;

@@ -133,15 +133,14 @@ struct RegisterOperand {
   }
 };
 
-constexpr int TF32_GROUP = 2;
-
 // acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps.
 template <class E, int K, int M, int N, class Accum, class OperandA, class OperandB>
 __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b) {
   // Tensor cores truncate TensorFloat-32 sums as they accumulate, which is worse than float32's rounding.  So their sums are
-  // kept to GROUP steps, and added to the accumulator in float32.
+  // kept to a few steps, and added to the accumulator in float32.
   constexpr bool GROUPED = sizeof(E) == 4;
-  constexpr int GROUP = GROUPED ? TF32_GROUP : 1;
+  constexpr int GROUP = !GROUPED ? 1 : K % 4 == 0 ? 4 : 2;
+  static_assert(K % GROUP == 0);
 #pragma unroll
   for (int k = 0; k < K; k += GROUP) {
     Fragment<E> fragment_a[GROUP][M];

@@ -22,25 +22,38 @@ struct Softmax {
   // scores -> exp2(factor * (score - new maximum)), while l and the output accumulators move under the new maximum.
   template <int N, int N_OUT>
   __device__ __forceinline__ void update(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
+    Accum shrink[2 * M];
+    bool moved = false;
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
-      const int tile = i / 2, half = i % 2;
-      Accum top = s[tile][0][2 * half];
+      Accum& maximum = m[i / 2][i % 2];
+      const Accum before = maximum;
+      Accum top = s[i / 2][0][i % 2 * 2];
 #pragma unroll
-      for (int n = 0; n < N; ++n) top = max(top, max(s[tile][n][2 * half], s[tile][n][2 * half + 1]));
-      const Accum before = m[tile][half], now = max(before, max_of_row(top));
-      m[tile][half] = now;
-      const Accum shift = now == minus_infinity<Accum>() ? 0 : now * factor;  // a row that saw nothing yet: exp2(-inf - 0) = 0
-      const Accum shrink = exp2_fast(before * factor - shift);
-      Accum sum = l[tile][half] * shrink;
+      for (int j = 1; j < 2 * N; ++j) top = max(top, s[i / 2][j / 2][i % 2 * 2 + j % 2]);
+      maximum = max(before, max_of_row(top));
+      // Exactly 1 where the maximum stays: anything else would add up over the blocks.
+      shrink[i] = before == maximum ? 1 : exp2_fast((before - maximum) * factor);
+      moved |= before != maximum;
+    }
+    if (__any_sync(~0u, moved)) {  // seldom, after the first blocks
 #pragma unroll
-      for (int n = 0; n < N_OUT; ++n) o[tile][n][2 * half] *= shrink, o[tile][n][2 * half + 1] *= shrink;
+      for (int i = 0; i < 2 * M; ++i) {
+        l[i / 2][i % 2] *= shrink[i];
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-#pragma unroll
-        for (int j = 2 * half; j < 2 * half + 2; ++j) sum += s[tile][n][j] = exp2_fast(s[tile][n][j] * factor - shift);
+        for (int j = 0; j < 2 * N_OUT; ++j) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= shrink[i];
       }
-      l[tile][half] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      const Accum maximum = m[i / 2][i % 2];
+      const Accum shift = maximum == minus_infinity<Accum>() ? 0 : maximum * factor;  // a row that saw nothing yet: exp2(-inf - 0) = 0
+#pragma unroll
+      for (int j = 0; j < 2 * N; ++j) {
+        Accum& x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
+        x = exp2_fast(x * factor - shift);
+        l[i / 2][i % 2] += x;
+      }
     }
   }
 

@@ -50,6 +50,12 @@ struct Rows {
   int rows;  // how many there are
 };
 
+// The same value, but what depends on it is computed anew: cheaper than to hold it in registers across a main loop.
+__device__ __forceinline__ int recompute(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // How threads share the copy of a tile, VECTOR bytes each at a time: along a row's segment (a panel, where there are threads
 // enough), then down the rows.  Rows that are a multiple of 8 apart have the same swizzle, so that a thread's later addresses
 // differ from its first by constants.
@@ -81,9 +87,7 @@ __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& so
   constexpr bool VECTORS = COPY_BYTES > int(sizeof(E)) && COPY_BYTES >= 4;
   constexpr int VECTOR = VECTORS ? COPY_BYTES : int(sizeof(E));  // bytes a copy
   using Layout = CopyLayout<T, VECTOR, THREADS, T::ROWS>;
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));  // addresses are cheaper to compute anew than to keep in registers across a main loop
-  const Layout layout(tile, thread, 0);
+  const Layout layout(tile, recompute(threadIdx.x), 0);
   const long long column = VECTORS ? 1 : source.col_stride;
   const E* from = source.origin + (first + layout.row) * source.row_stride + layout.byte / int(sizeof(E)) * column;
 #pragma unroll
