@@ -73,7 +73,15 @@ def check_everything(python: Path, folder: Path, package: Path, tests: Path, **e
     found = Path(run([python, "-c", program], folder, **environment).strip())
     assert found.samefile(package)
     assert json.loads(run([python, "-m", "anyattn", "info", "--json"], folder, **environment))["anyattn"]
-    collect = ["-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", tests / "test_compile.py"]
+    collect: list[str | Path] = [
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        tests / "test_compile.py",
+    ]
     assert "test_prelude" in run([python, *collect], folder, **environment)
 
 
