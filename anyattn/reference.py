@@ -44,11 +44,15 @@ class Head:
         """The identity. A subclass that rounds here shows what storing each matrix in a low precision costs."""
         return x
 
+    def product(self, a: Floats, b: Floats) -> Floats:
+        """The matrix product."""
+        return a @ b
+
     def scores(self, q: Floats, k: Floats) -> tuple[Floats, Floats]:
         """Return s, -inf where hidden, and its derivative ds/dx, both (S_q, S_k)."""
         position = np.arange(len(q))[:, None] + (len(k) - len(q))
         key = np.arange(len(k))[None, :]
-        s = self.stored(self.scale * (q @ k.T))
+        s = self.stored(self.scale * self.product(q, k.T))
         slope_of_cap = np.ones_like(s)
         if self.softcap is not None:
             tanh = np.tanh(s / self.softcap)
@@ -78,7 +82,7 @@ class Head:
         """Return out (S_q, D_v) and the LSE (S_q,)."""
         q, k, v = map(self.stored, (q, k, v))
         p, lse = self.softmax(self.scores(q, k)[0])
-        return self.stored(self.stored(p * self.dropout_factor(p)) @ v), lse
+        return self.stored(self.product(self.stored(p * self.dropout_factor(p)), v)), lse
 
     def backward(self, dout: Floats, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
         """Return dq, dk and dv."""

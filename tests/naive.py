@@ -25,6 +25,12 @@ def head_type(dtype: np.dtype[Any]) -> type[Head]:
         def stored(self, x: Any) -> npt.NDArray[Any]:
             return np.asarray(x).astype(dtype).astype(compute)
 
+        def product(self, a: Any, b: Any) -> Any:
+            """Never of few rows: BLAS would take dot products, whose many partial sums are more exact than its tiles."""
+            rows = np.zeros((max(len(a), 32), a.shape[1]), a.dtype)
+            rows[: len(a)] = a
+            return (rows @ b)[: len(a)]
+
         def backward(self, dout: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
             """From the stored out and LSE, as every backward pass that is given them."""
             out, lse = self.forward(q, k, v)
@@ -32,9 +38,9 @@ def head_type(dtype: np.dtype[Any]) -> type[Head]:
             s, slope_of_cap = self.scores(q, k)
             lse = np.where(lse > -np.inf, lse, 0.0).astype(compute)
             p, z = self.stored(np.exp(s - lse[:, None])), self.dropout_factor(s)
-            dp = self.stored(dout @ v.T) * z
+            dp = self.stored(self.product(dout, v.T)) * z
             dx = self.stored(p * (dp - (dout * out).sum(axis=1, keepdims=True)) * slope_of_cap)
-            dv = self.stored(p * z).T @ dout
-            return self.stored(self.scale * (dx @ k)), self.stored(self.scale * (dx.T @ q)), self.stored(dv)
+            dq, dk = self.scale * self.product(dx, k), self.scale * self.product(dx.T, q)
+            return self.stored(dq), self.stored(dk), self.stored(self.product(self.stored(p * z).T, dout))
 
     return RoundedHead
