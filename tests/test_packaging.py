@@ -78,8 +78,7 @@ def check_everything(python: Path, folder: Path, package: Path, tests: Path, **e
         "pytest",
         "--collect-only",
         "-q",
-        "-p",
-        "no:cacheprovider",
+        "-pno:cacheprovider",
         tests / "test_compile.py",
     ]
     assert "test_prelude" in run([python, *collect], folder, **environment)
