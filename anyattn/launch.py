@@ -1,4 +1,4 @@
-"""From a plan to the GPU: cubins loaded as cupy.RawModule, one Params struct, launches on the caller's device and stream.
+"""From a plan to the GPU: cubins loaded as cupy.RawModule, one Params struct, launches on the caller's stream.
 
 Everything here takes raw device pointers; who allocated them does not matter. Calls are asynchronous.
 """
@@ -51,7 +51,7 @@ class _Prepared:
     """A plan whose kernels are loaded: what is left to do for a call is to fill in the pointers."""
 
     plan: Plan
-    launches: tuple[tuple[Any, tuple[int, int, int], tuple[int, int, int], int], ...]  # function, grid, block, shared memory
+    launches: tuple[tuple[Any, tuple[int, int, int], tuple[int, int, int], int], ...]  # function, grid, block, shared
     constants: bytes  # Params behind its pointers
     device: int
 
@@ -62,7 +62,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Launch the forward kernel of a problem on a stream (a CUstream handle; 0 is the legacy default stream).
 
-    All arguments but seed are device pointers of arrays as the problem describes them; lse takes (batch, heads, rows).
+    All arguments but seed are device pointers of arrays as the problem describes them; lse may be 0 if nobody wants it.
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)
@@ -74,7 +74,7 @@ def backward(
     workspace: int, stream: int,
     *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Launch the backward kernels. `workspace` points to workspace_bytes(bp) bytes, 256-byte aligned, of any content."""
+    """Launch the backward kernels; `workspace` points to workspace_bytes(bp) bytes of any content, 256-byte aligned."""
     prepared = _prepare_backward(bp)
     parts = prepared.plan
     dq_accum = workspace + parts.delta_bytes
@@ -94,7 +94,9 @@ def available() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy is not installed ({error}): pip install 'anyattn[cuda13]' (or 'anyattn[cuda12]' for a CUDA 12 driver)"
+        return (
+            f"CuPy is not installed ({error}): pip install 'anyattn[cuda13]' ('anyattn[cuda12]' for a CUDA 12 driver)"
+        )
     try:
         count = cupy.cuda.runtime.getDeviceCount()
         driver = cupy.cuda.runtime.driverGetVersion()
@@ -112,9 +114,10 @@ def available() -> str | None:
 @functools.cache
 def device(ordinal: int) -> Device:
     """What plan needs to know of a GPU. Raises UnsupportedError when it is older than sm_80."""
-    import cupy
-
-    properties = cupy.cuda.runtime.getDeviceProperties(ordinal)
+    try:
+        properties = _runtime().getDeviceProperties(ordinal)
+    except ImportError:
+        raise UnsupportedError(str(available())) from None
     major, minor = properties["major"], properties["minor"]
     if major < 8:
         raise UnsupportedError(

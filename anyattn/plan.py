@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from anyattn.problem import ITEMSIZE, BackwardProblem, Problem
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
 
 MAX_GRID = 2**31 - 1
+FAMILIES = ("sm80",)  # of kernels, the best first; $ANYATTN_KERNEL names one to use whatever the GPU
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}  # in cuda_src
 
 
@@ -68,18 +68,19 @@ class Plan:
 @functools.lru_cache(maxsize=4096)
 def forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call. Raises UnsupportedError."""
-    tile = _tile("forward_sm80", problem, device, _forward_shared)
+    name = f"forward_{_family()}"
+    tile = _tile(name, problem, device, _forward_shared)
     blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"])
     constants = {**_problem_constants(problem, problem.align), **_tile_constants(tile), "SHARED_BYTES": tile["shared"]}
-    kernel = _kernel("forward_sm80", constants, device, blocks * problem.heads * problem.batch)
+    kernel = _kernel(name, constants, device, blocks * problem.heads * problem.batch)
     return Plan((kernel,) if kernel.grid else (), row_blocks=blocks, key_blocks=0)
 
 
 @functools.lru_cache(maxsize=4096)
 def backward(bp: BackwardProblem, device: Device) -> Plan:
-    """The plan of a backward call: delta = rowsum(dO * O), the gradients, and dQ from its accumulator. Raises UnsupportedError."""
-    problem = bp.problem
-    tile = _tile("backward_sm80", problem, device, _backward_shared)
+    """The plan of a backward call: delta, the gradients, dQ from its accumulator. Raises UnsupportedError."""
+    problem, name = bp.problem, f"backward_{_family()}"
+    tile = _tile(name, problem, device, _backward_shared)
     row_blocks, key_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"]), _blocks(problem.seqlen_k, tile["BLOCK_N"])
     constants = {
         **_problem_constants(problem, bp.align),
@@ -88,13 +89,13 @@ def backward(bp: BackwardProblem, device: Device) -> Plan:
         "SHARED_BYTES": tile["shared"],
     }
     by_rows = row_blocks * problem.heads * problem.batch
-    sums = {name: constants[name] for name in ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "KV_WARPS_D", "Q_WARPS_M", "Q_WARPS_D")}
-    sums["WARPS"] = tile["WARPS"]
+    shared_names = ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "WARPS", "KV_WARPS_D", "Q_WARPS_M", "Q_WARPS_D")
+    sums = {name: constants[name] for name in shared_names}
     delta = {name: constants[name] for name in ("HEAD_DIM_V", "COPY_BYTES", "DETERMINISTIC")}
     columns = _padded(problem.head_dim, _backward_parts(tile))
     kernels = (
         _kernel("backward_delta", sums | delta, device, by_rows),
-        _kernel("backward_sm80", constants, device, key_blocks * problem.heads_kv * problem.batch),
+        _kernel(name, constants, device, key_blocks * problem.heads_kv * problem.batch),
         _kernel("backward_dq", sums | {"SHARED_BYTES": tile["BLOCK_M"] * columns * problem.itemsize}, device, by_rows),
     )
     rows, blocks = problem.seqlen_q * problem.batch, row_blocks * problem.batch
@@ -137,6 +138,14 @@ SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10,
     "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10,
 }  # fmt: skip
+
+
+def _family() -> str:
+    """The kernels to use: those that $ANYATTN_KERNEL names, or the best there are."""
+    name = os.environ.get("ANYATTN_KERNEL") or FAMILIES[0]
+    if name not in FAMILIES:
+        raise UnsupportedError(f"ANYATTN_KERNEL must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return name
 
 
 # ------------------------------------------------------------------------------------------------ tiles

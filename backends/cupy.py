@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 from cupy import ndarray
@@ -11,7 +10,7 @@ from cupy.cuda import Device, alloc, get_current_stream
 from cupy.cuda.runtime import getDevice
 
 from anyattn import launch, problem
-from anyattn.problem import ITEMSIZE, Options, Problem, View, check_array, fresh_seed
+from anyattn.problem import Options, Problem, View, check_array, fresh_seed
 
 __all__ = ["attention", "attention_backward", "attention_varlen", "fresh_seed"]
 
@@ -96,12 +95,8 @@ def _forward(
     if seed is None and call.dropout:
         seed = fresh_seed()
     out = ndarray(call.out_shape, q.dtype)
-    if return_lse:
-        lse = ndarray(call.lse_shape, call.lse_dtype)
-        lse_ptr = lse.data.ptr
-    else:  # bare memory: an array that nobody sees would cost another microsecond
-        lse = alloc(prod(call.lse_shape) * ITEMSIZE[call.lse_dtype])
-        lse_ptr = lse.ptr
+    lse = ndarray(call.lse_shape, call.lse_dtype) if return_lse else None
+    lse_ptr = 0 if lse is None else lse.data.ptr
     pointers = (q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_ptr, get_current_stream().ptr)
     if alibi is None and cu_seqlens_q is None and not seed:
         launch.forward(call, *pointers)

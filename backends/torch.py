@@ -88,9 +88,13 @@ def attention(
             pass
         else:
             out = q.new_empty(problem.out_shape)
+            stream = _raw_stream(problem.device)
+            if not return_lse:
+                launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), 0, stream)
+                return out
             lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype])
-            launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), lse.data_ptr(), _raw_stream(problem.device))
-            return (out, lse) if return_lse else out
+            launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), lse.data_ptr(), stream)
+            return out, lse
     out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
     return (out, lse) if return_lse else out
 

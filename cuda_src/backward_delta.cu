@@ -1,8 +1,9 @@
 // First step of the backward pass: delta = rowsum(dO * O), with dQ's accumulator and the tickets set to zero.
 #include "dq_accum.cuh"
 
-constexpr int BYTES = HEAD_DIM_V * int(sizeof(Element)) | COPY_BYTES;  // its lowest bit is the widest access that rows allow
-constexpr int VECTOR = (BYTES & -BYTES) / int(sizeof(Element));        // elements
+constexpr int BYTES =
+    HEAD_DIM_V * int(sizeof(Element)) | COPY_BYTES;              // its lowest bit is the widest access that rows allow
+constexpr int VECTOR = (BYTES & -BYTES) / int(sizeof(Element));  // elements
 constexpr int LANES = HEAD_DIM_V / VECTOR > 16 ? 32 : HEAD_DIM_V / VECTOR > 8 ? 16 : 8;  // that share a row
 
 struct alignas(VECTOR * sizeof(Element)) Vector {
@@ -10,7 +11,8 @@ struct alignas(VECTOR * sizeof(Element)) Vector {
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __grid_constant__ Params p) {
-  const int block_m = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads, batch = blockIdx.x / p.row_blocks / p.heads;
+  const int block_m = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads,
+            batch = blockIdx.x / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
   const int end = min((block_m + 1) * BLOCK_M, sequence.seqlen_q);
   if (block_m * BLOCK_M >= end) return;
@@ -19,7 +21,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
   Accum* const delta = static_cast<Accum*>(p.delta) + sequence.workspace_row(p, head);
 
   const int lane = threadIdx.x % LANES;
-  for (int row = block_m * BLOCK_M + threadIdx.x / LANES; row - threadIdx.x / LANES % (32 / LANES) < end; row += 32 * WARPS / LANES) {
+  for (int row = block_m * BLOCK_M + threadIdx.x / LANES; row - threadIdx.x / LANES % (32 / LANES) < end;
+       row += 32 * WARPS / LANES) {
     Accum sum = 0;
     if (row < end) {
 #pragma unroll(4)
@@ -36,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
   }
 
   const DqAccum dq_accum(p, sequence, head, block_m);
-  for (int i = threadIdx.x; i < BLOCK_M * D * int(sizeof(Accum)) / 16; i += 32 * WARPS) reinterpret_cast<uint4*>(dq_accum.origin)[i] = uint4{0, 0, 0, 0};
+  for (int i = threadIdx.x; i < BLOCK_M * D * int(sizeof(Accum)) / 16; i += 32 * WARPS)
+    reinterpret_cast<uint4*>(dq_accum.origin)[i] = uint4{0, 0, 0, 0};
   if constexpr (DETERMINISTIC)
     if (threadIdx.x == 0) p.tickets[dq_accum.block] = 0;
 }

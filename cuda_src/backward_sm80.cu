@@ -1,4 +1,5 @@
-// Attention backward on tensor cores of sm_80 and later: FlashAttention-2, algorithm 2.  backward_delta.cu runs before it.
+// Attention backward on tensor cores of sm_80 and later: FlashAttention-2, algorithm 2.  backward_delta.cu runs before
+// it.
 //
 //   for each block of BLOCK_N keys (one thread block):
 //     dK = dV = 0
@@ -10,7 +11,8 @@
 //     write dK, dV
 //
 // P and dS go through shared memory, so each of the three kinds of product splits over the warps in the way that
-// reads least: S and dP in S_WARPS_M x S_WARPS_N parts, dK and dV in KV_WARPS_N x KV_WARPS_D, dQ in Q_WARPS_M x Q_WARPS_D.
+// reads least: S and dP in S_WARPS_M x S_WARPS_N parts, dK and dV in KV_WARPS_N x KV_WARPS_D, dQ in Q_WARPS_M x
+// Q_WARPS_D.
 #include "band.cuh"
 #include "dq_accum.cuh"
 #include "dropout.cuh"
@@ -33,7 +35,8 @@ using TileQ = Tile<Element, BLOCK_M, D>;
 using TileO = Tile<Element, BLOCK_M, DV>;
 using TileP = Tile<Element, BLOCK_M, BLOCK_N>;
 constexpr int P_BYTES = (TileP::BYTES + 1023) / 1024 * 1024;
-constexpr int STAGE_BYTES = TileQ::BYTES + TileO::BYTES + (2 * BLOCK_M * int(sizeof(Accum)) + 1023) / 1024 * 1024;  // Q, dO, LSE, delta
+constexpr int STAGE_BYTES =
+    TileQ::BYTES + TileO::BYTES + (2 * BLOCK_M * int(sizeof(Accum)) + 1023) / 1024 * 1024;  // Q, dO, LSE, delta
 static_assert(SHARED_BYTES >= TileK::BYTES + TileV::BYTES + STAGES * STAGE_BYTES + 2 * P_BYTES);
 
 // This thread block's turn at a block of rows: sums are added in the order of the blocks of keys.
@@ -55,15 +58,16 @@ struct Turn {
 
 // Writes a gradient out through a tile that no one else uses any more.
 template <int WIDTH, class T, int M, int N>
-__device__ __forceinline__ void store_gradient(const T& tile, const Accum (&acc)[M][N][4], Accum scale, const Rows<Element>& to, int first,
-                                               int part_row, int part_column, bool active) {
+__device__ __forceinline__ void store_gradient(const T& tile, const Accum (&acc)[M][N][4], Accum scale,
+                                               const Rows<Element>& to, int first, int part_row, int part_column,
+                                               bool active) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (active) {
 #pragma unroll
     for (int i = 0; i < M * N * 2; ++i) {
       const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
-      tile.store_pair(part_row + 16 * m + 8 * half + lane / 4, part_column + 8 * n + lane % 4 * 2, acc[m][n][2 * half] * scale,
-                      acc[m][n][2 * half + 1] * scale);
+      tile.store_pair(part_row + 16 * m + 8 * half + lane / 4, part_column + 8 * n + lane % 4 * 2,
+                      acc[m][n][2 * half] * scale, acc[m][n][2 * half + 1] * scale);
     }
   }
   __syncthreads();
@@ -79,9 +83,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   const unsigned stages = ds_smem.base + P_BYTES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks: ascending order serves both.
+  // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks: ascending order
+  // serves both.
   const int block_n = blockIdx.x % p.key_blocks;
-  const int head_kv = blockIdx.x / p.key_blocks % (p.heads / p.group), batch = blockIdx.x / p.key_blocks / (p.heads / p.group);
+  const int head_kv = blockIdx.x / p.key_blocks % (p.heads / p.group),
+            batch = blockIdx.x / p.key_blocks / (p.heads / p.group);
   const Sequence sequence(p, batch);
   const int first_key = block_n * BLOCK_N;
   if (first_key >= sequence.seqlen_k) return;
@@ -93,7 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   const int s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
   const int kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
   const int q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
-  const bool s_active = warp < S_WARPS_M * S_WARPS_N, kv_active = warp < KV_WARPS_N * KV_WARPS_D, q_active = warp < Q_WARPS_M * Q_WARPS_D;
+  const bool s_active = warp < S_WARPS_M * S_WARPS_N, kv_active = warp < KV_WARPS_N * KV_WARPS_D,
+             q_active = warp < Q_WARPS_M * Q_WARPS_D;
 
   // One step is a block of rows of a head; the heads of the group follow one another.
   struct Step {
@@ -108,15 +115,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   };
   const auto load_rows = [&](const Step& x) {
     const int first_row = x.block_m * BLOCK_M;
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(TileQ{x.stage}, sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, x.head), first_row);
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(TileO{x.stage + TileQ::BYTES},
-                                               sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, x.head), first_row);
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
+        TileQ{x.stage}, sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, x.head), first_row);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
+        TileO{x.stage + TileQ::BYTES}, sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, x.head),
+        first_row);
     if (const int i = threadIdx.x; i < BLOCK_M) {
       const int row = first_row + i;
       const unsigned to = x.stage + TileQ::BYTES + TileO::BYTES + i * int(sizeof(Accum));
       const bool inside = row < sequence.seqlen_q;
-      copy_async<sizeof(Accum)>(to, static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, x.head) + row * p.lse_row, inside);
-      copy_async<sizeof(Accum)>(to + BLOCK_M * int(sizeof(Accum)), static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, x.head) + row, inside);
+      copy_async<sizeof(Accum)>(to, static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, x.head) + row * p.lse_row,
+                                inside);
+      copy_async<sizeof(Accum)>(to + BLOCK_M * int(sizeof(Accum)),
+                                static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, x.head) + row, inside);
     }
     copy_async_commit();
   };
@@ -124,8 +135,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   Accum dk[KV_KEYS / 16][K_COLUMNS / 8][4] = {}, dv[KV_KEYS / 16][V_COLUMNS / 8][4] = {};
   int steps = blocks.begin < blocks.end ? (blocks.end - blocks.begin) * p.group : 0;
   if (steps > 0) {
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head_kv), first_key);
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
+        k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
+        v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head_kv), first_key);
     load_rows(step);
   }
   for (; steps > 0; --steps, step = next(step)) {
@@ -138,13 +151,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
 
     if (s_active) {
       constexpr int M = S_ROWS / 16, N = S_KEYS / 8;
-      const int row0 = first_row + s_row + lane / 4, key0 = first_key + s_key + lane % 4 * 2;  // of this lane's first entry
-      Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_KEYS]
+      const int row0 = first_row + s_row + lane / 4,
+                key0 = first_key + s_key + lane % 4 * 2;  // of this lane's first entry
+      Accum s[M][N][4] = {}, dp[M][N][4] = {};            // [S_ROWS, S_KEYS]
       gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem, s_row),
                                 SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
       score.select_head(p, batch, step.head);
       score.apply(s, row0, key0);
-      if (!band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N)) band.mask(s, row0, key0);
+      if (!band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N))
+        band.mask(s, row0, key0);
       gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem, s_row),
                                  SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
 
@@ -152,15 +167,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
       Accum lse_rmem[M][2], delta_rmem[M][2];
 #pragma unroll
       for (int i = 0; i < 2 * M; ++i) {
-        const unsigned from = step.stage + TileQ::BYTES + TileO::BYTES + (s_row + 8 * i + lane / 4) * int(sizeof(Accum));
+        const unsigned from =
+            step.stage + TileQ::BYTES + TileO::BYTES + (s_row + 8 * i + lane / 4) * int(sizeof(Accum));
         Accum& lse = lse_rmem[i / 2][i % 2];
         load_shared(lse, from);
         load_shared(delta_rmem[i / 2][i % 2], from + BLOCK_M * int(sizeof(Accum)));
-        lse = lse == minus_infinity<Accum>() ? -lse : lse * static_cast<Accum>(LOG2E);  // a row that sees nothing: exp2(s - inf) = 0
+        lse = lse == minus_infinity<Accum>()
+                  ? -lse
+                  : lse * static_cast<Accum>(LOG2E);  // a row that sees nothing: exp2(s - inf) = 0
       }
       const Dropout dropout(p, batch, step.head);
 #pragma unroll
-      for (int i = 0; i < M * N; ++i) {  // S -> dropout(P), dP -> dS, four entries at a time: rows r, r + 8 and keys c, c + 8
+      for (int i = 0; i < M * N;
+           ++i) {  // S -> dropout(P), dP -> dS, four entries at a time: rows r, r + 8 and keys c, c + 8
         const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
         bool keep[4] = {true, true, true, true};
         if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
@@ -212,6 +231,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   const auto dk_rows = sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, head_kv);
   const auto dv_rows = sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, head_kv);
   store_gradient<HEAD_DIM>(k_smem, dk, scale, dk_rows, first_key, kv_key, kv_part * K_COLUMNS, kv_active);
-  store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? keep_scale : Accum(1), dv_rows, first_key, kv_key, kv_part * V_COLUMNS,
-                             kv_active);
+  store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? keep_scale : Accum(1), dv_rows, first_key, kv_key,
+                             kv_part * V_COLUMNS, kv_active);
 }

@@ -1,11 +1,12 @@
-// The accumulator of dQ, in global memory: every block of keys adds its share.  For each head and block of BLOCK_M rows it
-// holds what the warps hold in registers, in their order, so that each addition is one coalesced access.
+// The accumulator of dQ, in global memory: every block of keys adds its share.  For each head and block of BLOCK_M rows
+// it holds what the warps hold in registers, in their order, so that each addition is one coalesced access.
 #pragma once
 #include "sequence.cuh"
 
 using Accum = Traits<Element>::Accum;
 
-constexpr int Q_COLUMN_STEP = 16 * (KV_WARPS_D > Q_WARPS_D ? KV_WARPS_D : Q_WARPS_D);  // head dims are padded to whole parts
+constexpr int Q_COLUMN_STEP =
+    16 * (KV_WARPS_D > Q_WARPS_D ? KV_WARPS_D : Q_WARPS_D);  // head dims are padded to whole parts
 constexpr int D = (HEAD_DIM + Q_COLUMN_STEP - 1) / Q_COLUMN_STEP * Q_COLUMN_STEP;
 constexpr int Q_ROWS = BLOCK_M / Q_WARPS_M, Q_COLUMNS = D / Q_WARPS_D;  // of one warp's part
 static_assert(Q_ROWS % 16 == 0 && Q_WARPS_M * Q_WARPS_D <= WARPS);
@@ -17,8 +18,9 @@ struct DqAccum {
   long long block;
 
   __device__ __forceinline__ DqAccum(const Params& p, const Sequence& s, int head, int block_m) {
-    block = block_m + (VARLEN ? static_cast<long long>(head) * (p.total_q / BLOCK_M + p.batch) + s.start_q / BLOCK_M + s.batch
-                              : (static_cast<long long>(s.batch) * p.heads + head) * p.row_blocks);
+    block = block_m +
+            (VARLEN ? static_cast<long long>(head) * (p.total_q / BLOCK_M + p.batch) + s.start_q / BLOCK_M + s.batch
+                    : (static_cast<long long>(s.batch) * p.heads + head) * p.row_blocks);
     origin = static_cast<Accum*>(p.dq_accum) + block * (BLOCK_M * D);
   }
 

@@ -8,7 +8,11 @@ struct Dropout {
   unsigned key0, key1, head, batch, drop_below;
 
   __device__ __forceinline__ Dropout(const Params& p, int batch_, int head_)
-      : key0(static_cast<unsigned>(p.seed)), key1(static_cast<unsigned>(p.seed >> 32)), head(head_), batch(batch_), drop_below(p.drop_below) {}
+      : key0(static_cast<unsigned>(p.seed)),
+        key1(static_cast<unsigned>(p.seed >> 32)),
+        head(head_),
+        batch(batch_),
+        drop_below(p.drop_below) {}
 
   // keep[2 i + j] is that of row + 8 i and key + 8 j; bit 3 of row and key is clear.
   __device__ __forceinline__ void keep(bool (&keep)[4], int row, int key) const {

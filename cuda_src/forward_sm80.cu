@@ -10,8 +10,9 @@
 //       O = O + dropout(P) V           P stays in registers
 //     write O / l and LSE = m + log(l)
 //
-// K and V have one buffer each: while S is computed V arrives, while O is computed the next K does.  Where the registers of
-// one warp can't hold the rows of O, V_PARTS warps share them: each computes the same S, and O for its part of the columns.
+// K and V have one buffer each: while S is computed V arrives, while O is computed the next K does.  Where the
+// registers of one warp can't hold the rows of O, V_PARTS warps share them: each computes the same S, and O for its
+// part of the columns.
 #include "band.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"
@@ -56,11 +57,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const auto q = sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head);
   const int head_kv = head / p.group;
   const auto load_k = [&](int first) {
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, recompute(head_kv)), first);
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
+        k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, recompute(head_kv)), first);
     copy_async_commit();
   };
   const auto load_v = [&](int first) {
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, recompute(head_kv)), first);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
+        v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, recompute(head_kv)), first);
     copy_async_commit();
   };
 
@@ -122,11 +125,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
     const int m = i / 2, half = i % 2, row = row0 + 16 * m + 8 * half;
     const Accum l = softmax.total(m, half);
     const Accum inverse = l > 0 ? static_cast<Accum>(p.keep_scale) / l : 0;
-    if (lane % 4 == 0 && part == 0 && row < sequence.seqlen_q)
-      lse[row * p.lse_row] = l > 0 ? (softmax.m[m][half] * score.factor + log2(l)) * static_cast<Accum>(LN2) : minus_infinity<Accum>();
+    if (p.lse != nullptr && lane % 4 == 0 && part == 0 && row < sequence.seqlen_q)
+      lse[row * p.lse_row] =
+          l > 0 ? (softmax.m[m][half] * score.factor + log2(l)) * static_cast<Accum>(LN2) : minus_infinity<Accum>();
 #pragma unroll
     for (int n = 0; n < N_OUT; ++n)
-      o_smem.store_pair(row - first_row, part * (DV / V_PARTS) + lane % 4 * 2 + 8 * n, o[m][n][2 * half] * inverse, o[m][n][2 * half + 1] * inverse);
+      o_smem.store_pair(row - first_row, part * (DV / V_PARTS) + lane % 4 * 2 + 8 * n, o[m][n][2 * half] * inverse,
+                        o[m][n][2 * half + 1] * inverse);
   }
   if constexpr (V_PARTS == 1)
     __syncwarp();  // a warp stores the rows it wrote

@@ -1,4 +1,5 @@
-// Products of tiles by one warp: acc += A B, operands in shared memory or, for A, in the accumulators of an earlier product.
+// Products of tiles by one warp: acc += A B, operands in shared memory or, for A, in the accumulators of an earlier
+// product.
 //
 // Wide elements (float, double) permute the depth: words 2t and 2t + 1 of a step take the places t and t + 4 of the
 // fragment (both operands alike, so the sum is the same).  Then a lane's accumulators are its A fragment as they
@@ -7,22 +8,23 @@
 #include "ptx/mma.cuh"
 #include "tile.cuh"
 
-enum class Side { A, B };     // A: 16 rows of the result; B: 16 columns of it (two n8 products)
-enum class Major { K, MN };   // the direction that is contiguous in shared memory: the depth, or the result's
+enum class Side { A, B };    // A: 16 rows of the result; B: 16 columns of it (two n8 products)
+enum class Major { K, MN };  // the direction that is contiguous in shared memory: the depth, or the result's
 
 template <class E>
 struct Fragment {
   typename Traits<E>::Word w[4];
 };
-// float32 through TensorFloat-32 tensor cores: x = high + low, each with 11 significant bits.
+// float32 through TensorFloat-32 tensor cores: x = high + low, each with 11 significant bits.  The cores ignore the 13
+// bits behind.
 template <>
 struct Fragment<float> {
   unsigned high[4], low[4];
 };
 
 __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
-  high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;  // round to 10 stored bits, half away from zero
-  low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;  // the tensor cores ignore the bits behind
+  high = __float_as_uint(x) & 0xffffe000u;
+  low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;  // rounded to nearest
 }
 
 template <class E>
@@ -39,19 +41,10 @@ __device__ __forceinline__ Fragment<E> make_fragment(const typename Traits<E>::W
 }
 
 // d0 and d1 are the accumulators of the first and the second eight columns of B.
-template <class E, class Accum>
-__device__ __forceinline__ void mma(Accum (&d0)[4], Accum (&d1)[4], const Fragment<E>& a, const Fragment<E>& b) {
-  if constexpr (sizeof(E) == 4) {  // low * low is below float32's precision; small terms first
-    mma_m16n8(d0, a.low, b.high[0], b.high[1], E{});
-    mma_m16n8(d1, a.low, b.high[2], b.high[3], E{});
-    mma_m16n8(d0, a.high, b.low[0], b.low[1], E{});
-    mma_m16n8(d1, a.high, b.low[2], b.low[3], E{});
-    mma_m16n8(d0, a.high, b.high[0], b.high[1], E{});
-    mma_m16n8(d1, a.high, b.high[2], b.high[3], E{});
-  } else {
-    mma_m16n8(d0, a.w, b.w[0], b.w[1], E{});
-    mma_m16n8(d1, a.w, b.w[2], b.w[3], E{});
-  }
+template <class E, class Accum, class Words>
+__device__ __forceinline__ void mma(Accum (&d0)[4], Accum (&d1)[4], const Words (&a)[4], const Words (&b)[4]) {
+  mma_m16n8(d0, a, b[0], b[1], E{});
+  mma_m16n8(d1, a, b[2], b[3], E{});
 }
 
 // An operand in shared memory.  Along the result it starts at `start` (a multiple of 16) and is EXTENT elements long.
@@ -60,7 +53,8 @@ struct SharedOperand {
   using E = typename T::Element;
   static constexpr int K_STEP = Traits<E>::K_STEP;
   static constexpr int EXTENT_BYTES = EXTENT * int(sizeof(E));
-  // Whether offsets within the extent and its start never meet in one chunk index, so that the start can go into the lane's address.
+  // Whether offsets within the extent and its start never meet in one chunk index, so that the start can go into the
+  // lane's address.
   static constexpr bool FOLD = MAJOR == Major::K || T::PANEL % EXTENT_BYTES == 0 || EXTENT_BYTES % T::PANEL == 0;
 
   unsigned lane_address, lane_address_odd;  // odd: the second of a pair of rows (wide elements, MN-major)
@@ -73,7 +67,8 @@ struct SharedOperand {
     start_byte = FOLD ? 0 : byte0;
     const int folded = FOLD ? byte0 : 0;
     if constexpr (IS_16BIT<E>) {
-      const bool tall = (SIDE == Side::A) == (MAJOR == Major::K);  // the second matrix lies below the first, not beside it
+      const bool tall =
+          (SIDE == Side::A) == (MAJOR == Major::K);  // the second matrix lies below the first, not beside it
       const int row = tall ? lane % 16 : lane % 8 + lane / 16 * 8;
       const int chunk = tall ? lane / 16 : lane / 8 % 2;
       lane_address = tile.address(row0 + row, folded + chunk * 16);
@@ -85,7 +80,8 @@ struct SharedOperand {
     }
   }
 
-  // `rows` is a multiple of 8 and `byte` of a lane's 32 or 64, so both leave the swizzle of the lane's own address as it is.
+  // `rows` is a multiple of 8 and `byte` of a lane's 32 or 64, so both leave the swizzle of the lane's own address as
+  // it is.
   __device__ __forceinline__ unsigned at(unsigned lane, int rows, int byte) const {
     if constexpr (!FOLD) byte += start_byte;
     return (lane ^ (byte % T::PANEL)) + byte / T::PANEL * (T::ROWS * T::PANEL) + rows * T::PANEL;
@@ -116,7 +112,8 @@ struct SharedOperand {
   }
 };
 
-// Accumulators [M tiles of 16][N tiles of 8][4] of an earlier product as the A operand of the next, whose depth is their columns.
+// Accumulators [M tiles of 16][N tiles of 8][4] of an earlier product as the A operand of the next, whose depth is
+// their columns.
 template <class E, int M, int N>
 struct RegisterOperand {
   const typename Traits<E>::Accum (&acc)[M][N][4];
@@ -124,7 +121,8 @@ struct RegisterOperand {
   __device__ __forceinline__ Fragment<E> load(int m, int k) const {
     if constexpr (IS_16BIT<E>) {
       const auto &left = acc[m][2 * k], &right = acc[m][2 * k + 1];
-      return {{pack(left[0], left[1], E{}), pack(left[2], left[3], E{}), pack(right[0], right[1], E{}), pack(right[2], right[3], E{})}};
+      return {{pack(left[0], left[1], E{}), pack(left[2], left[3], E{}), pack(right[0], right[1], E{}),
+               pack(right[2], right[3], E{})}};
     } else {
       const auto& c = acc[m][k];
       const typename Traits<E>::Word w[4] = {c[0], c[2], c[1], c[3]};
@@ -136,33 +134,47 @@ struct RegisterOperand {
 // acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps.
 template <class E, int K, int M, int N, class Accum, class OperandA, class OperandB>
 __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b) {
-  // Tensor cores truncate TensorFloat-32 sums as they accumulate, which is worse than float32's rounding.  So their sums are
-  // kept to a few steps, and added to the accumulator in float32.
-  constexpr bool GROUPED = sizeof(E) == 4;
-  constexpr int GROUP = !GROUPED ? 1 : K % 4 == 0 ? 4 : 2;
-  static_assert(K % GROUP == 0);
+  if constexpr (sizeof(E) == 4) {
+    // Tensor cores truncate TensorFloat-32 sums as they accumulate, which is worse than float32's rounding.  So a sum
+    // is kept to GROUP steps, their small terms first (low * low is below float32's precision), and is added to acc in
+    // float32.
+    constexpr int GROUP = K % 4 == 0 ? 4 : 2;
+    static_assert(K % GROUP == 0);
 #pragma unroll
-  for (int k = 0; k < K; k += GROUP) {
-    Fragment<E> fragment_a[GROUP][M];
+    for (int k = 0; k < K; k += GROUP) {
+      Fragment<E> fragment_a[GROUP][M], fragment_b[GROUP];
 #pragma unroll
-    for (int i = 0; i < GROUP * M; ++i) fragment_a[i / M][i % M] = a.load(i % M, k + i / M);
+      for (int i = 0; i < GROUP * M; ++i) fragment_a[i / M][i % M] = a.load(i % M, k + i / M);
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-      Accum group[M][2][4] = {};
+      for (int n = 0; n < N; n += 2) {
 #pragma unroll
-      for (int i = 0; i < GROUP; ++i) {
-        const Fragment<E> fragment_b = b.load(n / 2, k + i);
+        for (int i = 0; i < GROUP; ++i) fragment_b[i] = b.load(n / 2, k + i);
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          if constexpr (GROUPED)
-            mma<E>(group[m][0], group[m][1], fragment_a[i][m], fragment_b);
-          else
-            mma<E>(acc[m][n], acc[m][n + 1], fragment_a[i][m], fragment_b);
+          Accum sum[2][4] = {};
+#pragma unroll
+          for (int i = 0; i < GROUP; ++i) {
+            mma<E>(sum[0], sum[1], fragment_a[i][m].low, fragment_b[i].high);
+            mma<E>(sum[0], sum[1], fragment_a[i][m].high, fragment_b[i].low);
+          }
+#pragma unroll
+          for (int i = 0; i < GROUP; ++i) mma<E>(sum[0], sum[1], fragment_a[i][m].high, fragment_b[i].high);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += sum[i / 4][i % 4];
         }
       }
-      if constexpr (GROUPED) {
+    }
+  } else {
 #pragma unroll
-        for (int i = 0; i < M * 8; ++i) acc[i / 8][n + i / 4 % 2][i % 4] += group[i / 8][i / 4 % 2][i % 4];
+    for (int k = 0; k < K; ++k) {
+      Fragment<E> fragment_a[M];
+#pragma unroll
+      for (int m = 0; m < M; ++m) fragment_a[m] = a.load(m, k);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        const Fragment<E> fragment_b = b.load(n / 2, k);
+#pragma unroll
+        for (int m = 0; m < M; ++m) mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m].w, fragment_b.w);
       }
     }
   }

@@ -1,4 +1,5 @@
-// All that a kernel is told at run time, by value.  anyattn/launch.py holds the same layout; the generated prelude asserts it.
+// All that a kernel is told at run time, by value.  anyattn/launch.py holds the same layout; the generated prelude
+// asserts it.
 #pragma once
 
 struct Strides {  // in elements

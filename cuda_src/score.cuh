@@ -15,8 +15,11 @@ struct Score {
   int offset;
 
   __device__ __forceinline__ Score(const Params& p, const Band& band)
-      : scale(static_cast<Accum>(p.scale)), softcap(static_cast<Accum>(p.softcap)), slope(0),
-        factor(RAW ? static_cast<Accum>(p.scale * LOG2E) : Accum(1)), offset(band.offset) {}
+      : scale(static_cast<Accum>(p.scale)),
+        softcap(static_cast<Accum>(p.softcap)),
+        slope(0),
+        factor(RAW ? static_cast<Accum>(p.scale * LOG2E) : Accum(1)),
+        offset(band.offset) {}
 
   __device__ __forceinline__ void select_head(const Params& p, int batch, int head) {
     if constexpr (ALIBI) slope = p.alibi_slopes[batch * p.alibi_batch + head * p.alibi_head];

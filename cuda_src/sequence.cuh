@@ -10,7 +10,8 @@ struct Sequence {
 
   __device__ __forceinline__ Sequence(const Params& p, int batch_) : batch(batch_) {
     if constexpr (VARLEN) {
-      // Lengths come from the device and can't be checked before the launch; clamped, they can't lead outside the arrays.
+      // Lengths come from the device and can't be checked before the launch; clamped, they can't lead outside the
+      // arrays.
       const int q0 = clamp(p.cu_seqlens_q[batch], 0, p.total_q), k0 = clamp(p.cu_seqlens_k[batch], 0, p.total_k);
       start_q = q0, start_k = k0;
       seqlen_q = min(clamp(p.cu_seqlens_q[batch + 1], q0, p.total_q) - q0, p.seqlen_q);
@@ -37,7 +38,8 @@ struct Sequence {
 
   // Rows of the workspace are dense and in this order.
   __device__ __forceinline__ long long workspace_row(const Params& p, int head) const {
-    return VARLEN ? static_cast<long long>(head) * p.total_q + start_q : (static_cast<long long>(batch) * p.heads + head) * p.seqlen_q;
+    return VARLEN ? static_cast<long long>(head) * p.total_q + start_q
+                  : (static_cast<long long>(batch) * p.heads + head) * p.seqlen_q;
   }
 
  private:

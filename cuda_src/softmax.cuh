@@ -1,5 +1,5 @@
-// The online softmax of a block of rows (Milakov and Gimelshein, 2018; FlashAttention-2, section 3.1): running maximum m
-// and sum l of each row, and the factor by which what was accumulated under an older maximum shrinks.
+// The online softmax of a block of rows (Milakov and Gimelshein, 2018; FlashAttention-2, section 3.1): running maximum
+// m and sum l of each row, and the factor by which what was accumulated under an older maximum shrinks.
 //
 // A lane holds 2 M rows: rows g and g + 8 of M products of 16; the four lanes of a row are neighbours.
 #pragma once
@@ -47,7 +47,8 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const Accum maximum = m[i / 2][i % 2];
-      const Accum shift = maximum == minus_infinity<Accum>() ? 0 : maximum * factor;  // a row that saw nothing yet: exp2(-inf - 0) = 0
+      const Accum shift =
+          maximum == minus_infinity<Accum>() ? 0 : maximum * factor;  // a row that saw nothing yet: exp2(-inf - 0) = 0
 #pragma unroll
       for (int j = 0; j < 2 * N; ++j) {
         Accum& x = s[i / 2][j / 2][i % 2 * 2 + j % 2];

@@ -21,7 +21,7 @@ struct Tile {
   // 16-bit tiles are read by ldmatrix, whose 8 rows must differ in all chunk bits.  Wider ones are read a pair of
   // words a lane, 4 rows at once: rows 0-3, rows 4-7, the even and the odd rows must each differ in the upper two.
   static __device__ __forceinline__ int swizzle(int row) {
-    const int pattern = !IS_16BIT<E> ? (((row >> 1) & 3) ^ ((row & 1) << 1)) << 1
+    const int pattern = !IS_16BIT<E>   ? (((row >> 1) & 3) ^ ((row & 1) << 1)) << 1
                         : PANEL == 128 ? row & 7
                         : PANEL == 64  ? (row >> 1) & 3
                                        : (row >> 2) & 1;
@@ -33,7 +33,8 @@ struct Tile {
   }
 
   // Two neighbouring columns of a row, rounded to the element type.
-  __device__ __forceinline__ void store_pair(int row, int col, typename Traits<E>::Accum x, typename Traits<E>::Accum y) const {
+  __device__ __forceinline__ void store_pair(int row, int col, typename Traits<E>::Accum x,
+                                             typename Traits<E>::Accum y) const {
     const unsigned to = address(row, col * int(sizeof(E)));
     if constexpr (IS_16BIT<E>)
       store_shared(to, pack(x, y, E{}));
@@ -56,13 +57,14 @@ __device__ __forceinline__ int recompute(int x) {
   return x;
 }
 
-// How threads share the copy of a tile, VECTOR bytes each at a time: along a row's segment (a panel, where there are threads
-// enough), then down the rows.  Rows that are a multiple of 8 apart have the same swizzle, so that a thread's later addresses
-// differ from its first by constants.
+// How threads share the copy of a tile, VECTOR bytes each at a time: along a row's segment (a panel, where there are
+// threads enough), then down the rows.  Rows that are a multiple of 8 apart have the same swizzle, so that a thread's
+// later addresses differ from its first by constants.
 template <class T, int VECTOR, int THREADS, int ROWS>
 struct CopyLayout {
   static constexpr int PER_ROW = T::PANEL / VECTOR < THREADS ? T::PANEL / VECTOR : THREADS, SEGMENT = PER_ROW * VECTOR;
-  static constexpr int ROW_STEP = THREADS / PER_ROW, STEPS = (ROWS + ROW_STEP - 1) / ROW_STEP, SEGMENTS = T::ROW_BYTES / SEGMENT;
+  static constexpr int ROW_STEP = THREADS / PER_ROW, STEPS = (ROWS + ROW_STEP - 1) / ROW_STEP,
+                       SEGMENTS = T::ROW_BYTES / SEGMENT;
   static constexpr bool WHOLE = ROWS % ROW_STEP == 0;  // else the last step is for some threads only
   static_assert(THREADS % PER_ROW == 0);
 
@@ -81,7 +83,8 @@ struct CopyLayout {
 };
 
 // Global rows [first, first + T::ROWS) x columns [0, WIDTH) into a tile, asynchronously where COPY_BYTES allows; what
-// lies outside is zero.  COPY_BYTES divides every row's address; below 4 (or with strided columns) elements go one by one.
+// lies outside is zero.  COPY_BYTES divides every row's address; below 4 (or with strided columns) elements go one by
+// one.
 template <int COPY_BYTES, int WIDTH, int THREADS, class T, class E>
 __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& source, int first) {
   constexpr bool VECTORS = COPY_BYTES > int(sizeof(E)) && COPY_BYTES >= 4;
@@ -97,7 +100,8 @@ __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& so
     const bool inside = first + row < source.rows;
 #pragma unroll
     for (int segment = 0; segment < Layout::SEGMENTS; ++segment) {
-      const int left = WIDTH * int(sizeof(E)) - segment * Layout::SEGMENT - layout.byte;  // bytes from here to the end of the row
+      const int left =
+          WIDTH * int(sizeof(E)) - segment * Layout::SEGMENT - layout.byte;  // bytes from here to the end of the row
       const unsigned to = layout.address(tile, 0, step, segment);
       const E* vector = from + segment * (Layout::SEGMENT / int(sizeof(E))) * column;
       if constexpr (VECTOR < 4)
@@ -110,7 +114,7 @@ __device__ __forceinline__ void load_tile(const T& tile, const Rows<const E>& so
   }
 }
 
-// Rows [start_row, start_row + COUNT) of a tile, columns [0, WIDTH), into global rows from `first` on, by one warp.  The
+// Rows [start_row, start_row + COUNT) of a tile, columns [0, WIDTH), into global rows from `first` on, by one warp. The
 // global columns are contiguous and rows start at multiples of gcd(16, WIDTH * sizeof(E)) bytes.
 template <int COUNT, int WIDTH, class T, class E>
 __device__ __forceinline__ void store_rows(const T& tile, int start_row, const Rows<E>& target, int first) {

@@ -48,19 +48,24 @@ __device__ __forceinline__ void store_shared_pair(unsigned address, double x, do
 template <int BYTES>
 __device__ __forceinline__ void copy_async(unsigned destination, const void* source, bool inside) {
   if constexpr (BYTES == 16)
-    asm volatile("{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, outside;}" ::"r"(destination),
-                 "l"(source), "r"(int(inside))
-                 : "memory");
+    asm volatile(
+        "{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, outside;}" ::"r"(
+            destination),
+        "l"(source), "r"(int(inside))
+        : "memory");
   else
-    asm volatile("{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, outside;}" ::"r"(destination),
-                 "l"(source), "r"(int(inside)), "n"(BYTES)
-                 : "memory");
+    asm volatile(
+        "{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async.ca.shared.global [%0], [%1], %3, outside;}" ::"r"(
+            destination),
+        "l"(source), "r"(int(inside)), "n"(BYTES)
+        : "memory");
 }
 // The same where only the first `valid` bytes are there: the rest arrives as zeros.
 template <int BYTES>
 __device__ __forceinline__ void copy_async_partial(unsigned destination, const void* source, int valid) {
   if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid)
+                 : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(BYTES), "r"(valid)
                  : "memory");
@@ -76,7 +81,10 @@ template <int BYTES>
 __device__ __forceinline__ void copy_to_global(void* destination, unsigned source) {
   if constexpr (BYTES == 16) {
     uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(source) : "memory");
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(source)
+                 : "memory");
     *static_cast<uint4*>(destination) = x;
   } else if constexpr (BYTES == 8) {
     uint2 x;
@@ -103,7 +111,8 @@ __device__ __forceinline__ void add_global(double* pointer, double x) {
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void add_global(float* pointer, const float (&x)[4]) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(pointer), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 #endif
 
