@@ -3,14 +3,14 @@
 Tiles of the score matrix that fit a core's cache are made by matrix products and a few passes in place; the whole
 matrix never exists (Dao, "FlashAttention-2", 2023, algorithms 1 and 2).
 
-    forward, for a block of rows Q [m, D] of one head:      backward, for a block of keys K [n, D], V [n, D_v]:
-        r <- the score of one key that each row sees            dK, dV <- 0
-        O, l <- 0                                               for the blocks Q, dO of the rows that see some of them:
+    forward, for a block of rows Q [m, D] of one head:      backward, for a block of rows Q, dO of one head:
+        r <- the score of one key that each row sees            dQ <- 0
+        O, l <- 0                                               for the tiles K, V of keys that some row sees:
         for the tiles K, V of keys that some row sees:              P <- exp(Q K^T - LSE)
-            P <- exp(Q K^T - r)                                     dV <- dV + P^T dO
-            l <- l + rowsum(P)                                      dS <- P o (dO V^T - rowsum(dO o O))
-            O <- O + P V                                            dQ <- dQ + dS K
-        O <- O / l;  LSE <- r + log(l)                              dK <- dK + dS^T Q
+            P <- exp(Q K^T - r)                                     dS <- P o (dO V^T - rowsum(dO o O))
+            l <- l + rowsum(P)                                      dQ <- dQ + dS K
+            O <- O + P V                                            dK <- dK + dS^T Q
+        O <- O / l;  LSE <- r + log(l)                              dV <- dV + P^T dO
 
 O / l and r + log(l) don't depend on r, so any r that keeps exp in range will do: the running maximum of the paper is
 needed only where a row of P sums beyond `_OVERFLOW`. What is subtracted from a product (r, LSE, rowsum(dO o O)) is
@@ -39,15 +39,15 @@ import numpy.typing as npt
 from numpy.linalg import _umath_linalg
 
 from anyattn.dropout import keep_mask
-from anyattn.problem import UNBOUNDED, BackwardProblem, Problem
+from anyattn.problem import BackwardProblem, Problem
 
 Array: TypeAlias = npt.NDArray[Any]
 
 # The longest sides of a tile and its scores: in float32 they fill half of a 1 MiB level-2 cache (two of the smaller
 # tiles of the backward pass do), and are as large as it takes for the products to run at full speed.
-_ROWS, _KEYS, _TILE = 512, 512, 512 * 384
-_EDGE = 128
-_BACKWARD_ROWS, _BACKWARD_KEYS = 256, 256
+_ROWS, _KEYS, _TILE = 512, 512, 512 * 512
+_EDGE = 64
+_BACKWARD_ROWS, _BACKWARD_KEYS = 384, 384
 _OVERFLOW = 2.0**32  # far from overflow still, even when multiplied by V
 _SMALL = 1 << 21  # multiply-adds below which a second thread does not pay
 
@@ -123,18 +123,10 @@ def backward(
     groups = [(s, heads) for s in sequences for heads in _pieces(problem.heads_kv, job.heads_at_once(s.band))]
     parts = job.parts(len(groups))
     tasks: list[_Task] = []
-    sums: list[_Task] = []
     for s, heads in groups:
-        q_s, _, _, _, dq_s = s.by_query
-        if parts == 1 and dq_s.dtype == job.compute:
-            shares = [dq_s[heads]]
-            shares[0][...] = 0
-        else:
-            shares = [np.zeros(q_s[heads].shape, job.compute) for _ in range(parts)]
-            sums.append(partial(_add_up, shares, dq_s[heads]))
-        tasks += [partial(_backward, job, s, heads, part, parts, share) for part, share in enumerate(shares)]
+        shares: list[_Share | None] = [None] * parts
+        tasks += [partial(_backward, job, s, heads, part, shares) for part in range(parts)]
     _run(tasks, job)
-    _run(sums, job)
 
 
 # --- what a call is made of ------------------------------------------------------------------------------------------
@@ -168,7 +160,7 @@ class _Band(NamedTuple):
         return range(start, min(rows.start + self.offset + self.right + 1, self.seqlen_k))
 
     def tiles(self, rows: range, longest: int) -> Iterator[tuple[range, range]]:
-        """Cover what these rows see by (rows, keys): tall tiles where all rows see all keys, short ones at the edges."""
+        """Cover what these rows see by (rows, keys): tall tiles where all see all keys, short ones at the edges."""
         seen, common = self.keys(rows), self.common_keys(rows)
         if len(rows) <= _EDGE:
             common = seen
@@ -183,11 +175,6 @@ class _Band(NamedTuple):
                 for part in (range(edge.start, min(common.start, edge.stop)), range(common.stop, edge.stop)):
                     for keys in _evenly(part, _KEYS):
                         yield some, keys
-
-    def rows(self, keys: range) -> range:
-        """The rows that see some of these keys."""
-        start = max(keys.start - self.right - self.offset, 0)
-        return range(start, max(min(keys.stop + self.left - self.offset, self.seqlen_q), start))
 
     def hide(self, tile: Array, rows: range, keys: range, value: float) -> bool:
         """Overwrite the entries of a (..., rows, keys) tile that are not visible; tell whether there may be any."""
@@ -271,11 +258,13 @@ class _Job:
         self.problem = problem
         self.seed = seed
         self.threads = threads
+        self.lock = threading.Lock()
         self.compute = np.dtype(np.float64 if problem.dtype == "float64" else np.float32)
         self.group = problem.heads // problem.heads_kv
         # exp runs in base 2 where that is faster: every score is multiplied by `unit`, whatever it is made of.
         base_2 = self.compute == np.float32 and _exp2_is_faster()
-        self.exp, self.log = (np.exp2, np.log2) if base_2 else (np.exp, np.log)
+        self.exp: np.ufunc = np.exp2 if base_2 else np.exp
+        self.log: np.ufunc = np.log2 if base_2 else np.log
         self.unit = math.log2(math.e) if base_2 else 1.0
         self.softcap = problem.softcap * self.unit
         self.gain = problem.scale / problem.softcap if problem.softcap else problem.scale * self.unit
@@ -290,11 +279,6 @@ class _Job:
     def parts(self, groups: int) -> int:
         """Into how many parts to cut the work of each group of heads, to keep all threads busy to the end."""
         return 1 if groups >= 4 * self.threads or not groups else self.threads // math.gcd(groups, self.threads)
-
-    def side(self, band: _Band, longest: int) -> int:
-        """The height of a tile: short where a mask hides part of the tiles along the band's edges."""
-        masked = min(band.left, band.right) < UNBOUNDED
-        return min(max(band.width // 16, 64), longest) if masked else longest
 
 
 class _Tile(NamedTuple):
@@ -466,107 +450,122 @@ def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
+_Share: TypeAlias = tuple[Array, Array]  # of dK and dV
 
-def _backward(job: _Job, sequence: _Sequence, heads: slice, part: int, parts: int, dq: Array, ws: _Workspace) -> None:
-    """dK and dV of each `parts`-th block of keys of some K/V heads, and those keys' share of dQ, added to `dq`."""
-    problem, band = job.problem, sequence.band
-    q, dout, out, lse, _ = (x[heads] for x in sequence.by_query)
-    k, v, dk, dv = (x[heads] for x in sequence.by_key)
-    count, head_dim, head_dim_v = len(k), k.shape[-1], v.shape[-1]
-    row_dots = _row_dots(dout, out, job.compute, ws)
+
+def _backward(
+    job: _Job, sequence: _Sequence, heads: slice, part: int, shares: list[_Share | None], ws: _Workspace
+) -> None:
+    """dQ of each `len(shares)`-th block of rows, for the query heads of some K/V heads, and its share of dK and dV.
+
+    The part that ends last adds up the shares, in their order, so that no sum depends on the threads' timing.
+    """
+    band, (dk, dv) = sequence.band, (x[heads] for x in sequence.by_key[2:])
+    if len(shares) > 1:
+        dk_sum, dv_sum = np.empty(dk.shape, job.compute), np.empty(dv.shape, job.compute)
+    elif dk.dtype == job.compute:
+        dk_sum, dv_sum = dk, dv
+    else:
+        dk_sum, dv_sum = ws("dk_sum", *dk.shape), ws("dv_sum", *dv.shape)
+    dk_sum[...] = dv_sum[...] = 0.0
+
+    for rows in _evenly(range(band.seqlen_q), _BACKWARD_ROWS)[part :: len(shares)]:
+        for members in _pieces(job.group, _BACKWARD_ROWS // len(rows) if len(rows) <= _EDGE else 1):
+            _backward_block(job, sequence, heads, members, rows, dk_sum, dv_sum, ws)
+
+    with job.lock:
+        shares[part] = dk_sum, dv_sum
+        complete = [share for share in shares if share]
+    if len(complete) == len(shares):
+        shares.clear()
+        for dk_share, dv_share in complete[1:]:
+            np.add(complete[0][0], dk_share, out=complete[0][0])
+            np.add(complete[0][1], dv_share, out=complete[0][1])
+        if complete[0][0] is not dk:
+            _narrow(complete[0][0], dk)
+            _narrow(complete[0][1], dv)
+
+
+def _backward_block(
+    job: _Job,
+    sequence: _Sequence,
+    heads: slice,
+    members: slice,
+    rows: range,
+    dk_sum: Array,  # [heads, S_k, D]
+    dv_sum: Array,  # [heads, S_k, D_v]
+    ws: _Workspace,
+) -> None:
+    problem = job.problem
+    q, dout, out, lse, dq = (x[heads, members, rows.start : rows.stop] for x in sequence.by_query)
+    k, v = (x[heads] for x in sequence.by_key[:2])
+    count, taken, height, head_dim = q.shape
+    head_dim_v = v.shape[-1]
+
+    q_tile, dout_tile = ws("q", count, taken, height, head_dim + 1), ws("dout", count, taken, height, head_dim_v + 1)
+    _widen(q, q_tile[..., :-1], job.gain)
+    _widen(dout, dout_tile[..., :-1])
+    out_tile = ws("out", *out.shape)
+    _widen(out, out_tile)
+    dots = np.einsum("hmid,hmid->hmi", dout_tile[..., :-1], out_tile)
     # A row of LSE -inf sees no key: any finite value will do.
-    lse = np.multiply(np.where(lse == -np.inf, 0.0, lse), job.unit, dtype=np.float64).astype(job.compute)
-    longest = job.side(band, _BACKWARD_ROWS)
+    shift = np.multiply(np.where(lse == -np.inf, 0.0, lse), job.unit, dtype=np.float64).astype(job.compute)
+    q_tile[..., -1] = 0.0 if problem.softcap else -shift
+    dout_tile[..., -1] = 0.0 if problem.dropout else -dots
+    dq_sum = ws("dq_sum", *q.shape)
+    dq_sum[...] = 0.0
 
-    for keys in _evenly(range(band.seqlen_k), job.side(band, _BACKWARD_KEYS))[part::parts]:
-        block = slice(keys.start, keys.stop)
-        k_tile = ws("k", count, len(keys), head_dim)
-        _widen(k[:, block], k_tile)
-        k_t = _transposed_with_ones(k_tile, ws("k_t", count, head_dim + 1, len(keys)))
-        v_tile = ws("v", count, len(keys), head_dim_v)
-        _widen(v[:, block], v_tile)
-        v_t = _transposed_with_ones(v_tile, ws("v_t", count, head_dim_v + 1, len(keys)))
-        dk_sum, dv_sum = ws("dk_sum", *k_tile.shape), ws("dv_sum", *v_tile.shape)
-        dk_sum[...] = dv_sum[...] = 0.0
+    for some, keys in sequence.band.tiles(rows, min(_TILE // (count * taken * height), _BACKWARD_KEYS)):
+        tile = _Tile(job, sequence, heads, members, some, keys)
+        here = slice(some.start - rows.start, some.stop - rows.start)
+        flat = count, taken * len(some), -1  # the rows of the members, below each other
+        q_flat, dout_flat = q_tile[:, :, here].reshape(flat), dout_tile[:, :, here].reshape(flat)
+        k_tile, v_tile = ws("k", count, len(keys), head_dim + 1), ws("v", count, len(keys), head_dim_v + 1)
+        _widen(k[:, keys.start : keys.stop], k_tile[..., :-1])
+        _widen(v[:, keys.start : keys.stop], v_tile[..., :-1])
+        k_tile[..., -1] = v_tile[..., -1] = 1.0
 
-        for rows in _evenly(band.rows(keys), longest):
-            for members in _pieces(job.group, max(longest // len(rows), 1)):
-                here = slice(None), members, slice(rows.start, rows.stop)
-                tile = _Tile(job, sequence, heads, members, rows, keys)
-                sides = count, members.stop - members.start, len(rows)
-                flat = sides[1] * sides[2]
+        p, ds = (ws(name, count, taken, len(some), len(keys)) for name in ("p", "ds"))
+        p_flat, ds_flat = p.reshape(flat), ds.reshape(flat)
+        tanh = ws("tanh", *p.shape) if problem.softcap else None
+        np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
+        masked = tile.finish_scores(p, shift[:, :, here], ws, tanh)
+        job.exp(p, out=p)
 
-                q_tile, dout_tile = ws("q", *sides, head_dim + 1), ws("dout", *sides, head_dim_v + 1)
-                _widen(q[here], q_tile[..., :-1], job.gain)
-                _widen(dout[here], dout_tile[..., :-1])
-                q_tile[..., -1] = 0.0 if problem.softcap else -lse[here]
-                dout_tile[..., -1] = 0.0 if problem.dropout else -row_dots[here]
-                q_flat, dout_flat = q_tile.reshape(count, flat, -1), dout_tile.reshape(count, flat, -1)
+        np.matmul(dout_flat, v_tile.swapaxes(1, 2), out=ds_flat)
+        if problem.dropout:
+            tile.drop(ds)
+            ds *= job.kept
+            ds -= dots[:, :, here, None]
+        ds *= p
+        if tanh is not None:
+            np.multiply(tanh, tanh, out=tanh)
+            ds *= np.subtract(1.0, tanh, out=tanh)
+        if masked:
+            tile.hide(ds, 0.0)
+        tile.drop(p)
 
-                p, ds = ws("p", *sides, len(keys)), ws("ds", *sides, len(keys))
-                p_flat, ds_flat = p.reshape(count, flat, -1), ds.reshape(count, flat, -1)
-                tanh = ws("tanh", *p.shape) if problem.softcap else None
-                np.matmul(q_flat, k_t, out=p_flat)
-                masked = tile.finish_scores(p, lse[here], ws, tanh)
-                job.exp(p, out=p)
+        dq_tile = ws("dq", count, taken, len(some), head_dim)
+        dk_tile, dv_tile = ws("dk", count, len(keys), head_dim), ws("dv", count, len(keys), head_dim_v)
+        np.matmul(ds_flat, k_tile[..., :-1], out=dq_tile.reshape(flat))
+        np.matmul(ds_flat.swapaxes(1, 2), q_flat[..., :-1], out=dk_tile)
+        np.matmul(p_flat.swapaxes(1, 2), dout_flat[..., :-1], out=dv_tile)
+        if masked and not all(np.isfinite(x).all() for x in (dq_tile, dk_tile, dv_tile)):
+            # 0 * inf: the products again, of what each row sees
+            dk_tile[...] = dv_tile[...] = 0.0
+            for i, j in tile.visible():
+                dq_tile[:, :, i] = ds[:, :, i, j] @ k_tile[:, j, :-1]
+                dk_tile[:, j] += ds[:, :, i, j].swapaxes(1, 2) @ q_tile[:, :, here.start + i, :-1]
+                dv_tile[:, j] += p[:, :, i, j].swapaxes(1, 2) @ dout_tile[:, :, here.start + i, :-1]
+        dq_sum[:, :, here] += dq_tile
+        dk_tile *= problem.softcap or 1.0 / job.unit  # scale / gain
+        dk_sum[:, keys.start : keys.stop] += dk_tile
+        if problem.dropout:
+            dv_tile *= job.kept
+        dv_sum[:, keys.start : keys.stop] += dv_tile
 
-                np.matmul(dout_flat, v_t, out=ds_flat)
-                if problem.dropout:
-                    tile.drop(ds)
-                    ds *= job.kept
-                    ds -= row_dots[here][..., None]
-                ds *= p
-                if tanh is not None:
-                    np.multiply(tanh, tanh, out=tanh)
-                    ds *= np.subtract(1.0, tanh, out=tanh)
-                if masked:
-                    tile.hide(ds, 0.0)
-                tile.drop(p)
-
-                dq_tile = ws("dq", *sides, head_dim)
-                dk_tile, dv_tile = ws("dk", *k_tile.shape), ws("dv", *v_tile.shape)
-                np.matmul(ds_flat, k_tile, out=dq_tile.reshape(count, flat, -1))
-                np.matmul(ds_flat.swapaxes(1, 2), q_flat[..., :-1], out=dk_tile)
-                np.matmul(p_flat.swapaxes(1, 2), dout_flat[..., :-1], out=dv_tile)
-                if masked and not all(np.isfinite(x).all() for x in (dq_tile, dk_tile, dv_tile)):
-                    # 0 * inf: the products again, of what each row sees
-                    dk_tile[...] = dv_tile[...] = 0.0
-                    for i, j in tile.visible():
-                        dq_tile[:, :, i] = ds[:, :, i, j] @ k_tile[:, j]
-                        dk_tile[:, j] += ds[:, :, i, j].swapaxes(1, 2) @ q_tile[:, :, i, :-1]
-                        dv_tile[:, j] += p[:, :, i, j].swapaxes(1, 2) @ dout_tile[:, :, i, :-1]
-                dq_tile *= problem.scale
-                dq[here] += dq_tile
-                dk_sum += dk_tile
-                dv_sum += dv_tile
-
-        dk_sum *= problem.softcap or 1.0 / job.unit  # scale / gain
-        dv_sum *= job.kept
-        _narrow(dk_sum, dk[:, block])
-        _narrow(dv_sum, dv[:, block])
-
-
-def _row_dots(a: Array, b: Array, dtype: np.dtype[Any], ws: _Workspace) -> Array:
-    """The dot products of the rows of two (heads, members, rows, dim) arrays."""
-    result = np.empty(a.shape[:-1], dtype)
-    for rows in _pieces(a.shape[2], _ROWS):
-        tiles = [ws(name, *x[:, :, rows].shape) for name, x in (("q", a), ("dout", b))]
-        _widen(a[:, :, rows], tiles[0])
-        _widen(b[:, :, rows], tiles[1])
-        np.einsum("hmid,hmid->hmi", *tiles, out=result[:, :, rows])
-    return result
-
-
-def _transposed_with_ones(x: Array, out: Array) -> Array:
-    np.copyto(out[:, :-1], x.swapaxes(1, 2))
-    out[:, -1] = 1.0
-    return out
-
-
-def _add_up(shares: list[Array], dq: Array, ws: _Workspace) -> None:
-    for share in shares[1:]:
-        shares[0] += share
-    _narrow(shares[0], dq)
+    dq_sum *= problem.scale
+    _narrow(dq_sum, dq)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -610,7 +609,7 @@ def _narrow(x: Array, out: Array) -> None:
 @lru_cache
 def _exp2_is_faster() -> bool:
     """Whether NumPy's float32 exp2 is vectorised: with AVX-512 on Linux. exp is, with much less."""
-    found = np.show_config(mode="dicts")["SIMD Extensions"]  # type: ignore[index, call-overload]
+    found = np.show_config(mode="dicts")["SIMD Extensions"]
     return sys.platform == "linux" and not {"AVX512_SKX", "X86_V4"}.isdisjoint(found.get("found", ()))
 
 

@@ -26,7 +26,7 @@ def head_type(dtype: np.dtype[Any]) -> type[Head]:
             return np.asarray(x).astype(dtype).astype(compute)
 
         def product(self, a: Any, b: Any) -> Any:
-            """Never of few rows: BLAS would take dot products, whose many partial sums are more exact than its tiles."""
+            """Never of few rows: BLAS would take dot products, whose partial sums are more exact than its tiles."""
             rows = np.zeros((max(len(a), 32), a.shape[1]), a.dtype)
             rows[: len(a)] = a
             return (rows @ b)[: len(a)]
