@@ -37,6 +37,8 @@ MIXED = [Job(case, list(DTYPES)[i % 4]) for i, case in enumerate(CASES)]
 @pytest.fixture(scope="session", autouse=True)
 def kernels(request: pytest.FixtureRequest) -> None:
     """The kernels of every selected test, compiled."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the workers of pytest -n compile side by side as they are
     jobs = {item.callspec.params.get("job") for item in request.session.items if hasattr(item, "callspec")}
     specs: set[Spec] = set()
     for job in jobs - {None}:

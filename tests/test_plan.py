@@ -1,0 +1,117 @@
+"""Plans: which kernel, tile, grid and memory a problem gets, on devices that need not be here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from anyattn import compile as compiler
+from anyattn import launch, plan
+from anyattn.plan import Device, UnsupportedError
+from anyattn.problem import BackwardProblem, Options, Problem, View, backward, dense
+
+HOPPER = Device("sm_90a", plan.SHARED_BYTES["sm_90a"])
+ADA = Device("sm_89", plan.SHARED_BYTES["sm_89"])
+SPILL_LIMIT = 16  # bytes a thread: one 64-bit address, loaded once a block of keys
+
+
+def problem(
+    dtype: str = "bfloat16", head_dim: int = 64, seqlen: int = 300, heads: int = 3, **options: object
+) -> Problem:
+    shape = (2, seqlen, heads, head_dim)
+    view = View(0, shape, (seqlen * heads * head_dim, heads * head_dim, head_dim, 1), dtype, 0)
+    return dense(view, view, view, None, Options(**options))  # type: ignore[arg-type]
+
+
+def gradients(of: Problem) -> BackwardProblem:
+    strides = of.out_strides
+    array = View(0, of.out_shape, (strides[0], strides[2], strides[1], strides[3]), of.dtype, 0)
+    return backward(of, array, array, View(0, of.lse_shape, of.lse_strides, of.lse_dtype, 0))
+
+
+def constants(kernel: plan.Kernel) -> dict[str, int | bool | str]:
+    return dict(kernel.spec.constants)
+
+
+def test_params_is_the_struct_of_the_kernels() -> None:
+    """Field by field: names, order and types of launch.PARAMS and of cuda_src/params.cuh."""
+    text = (Path(__file__).parent.parent / "cuda_src" / "params.cuh").read_text()
+    body = re.sub(r"//.*", "", text[text.index("struct Params {") + len("struct Params {") :])
+    sizes = {"long long": 8, "unsigned long long": 8, "double": 8, "unsigned": 4, "int": 4, "Strides": 32}
+    fields = []
+    for declaration in body[: body.index("}")].split(";")[:-1]:
+        kind, names = re.fullmatch(
+            r"\s*(?:const )?((?:unsigned )?(?:long long|\w+))(\W.*)", declaration, re.DOTALL
+        ).groups()  # type: ignore[union-attr]
+        fields += [(name.strip(" *\n"), 8 if "*" in names else sizes[kind]) for name in names.split(",")]
+    assert fields == [(name, launch.PARAMS[name].itemsize) for name in launch.PARAMS.names or ()]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("head_dim", [1, 16, 33, 64, 96, 128, 200, 256])
+def test_every_head_dim_has_a_forward_kernel(dtype: str, head_dim: int) -> None:
+    for device in (HOPPER, ADA):
+        (kernel,) = plan.forward(problem(dtype, head_dim), device).kernels
+        assert kernel.shared_bytes <= device.shared_bytes
+        assert constants(kernel)["HEAD_DIM"] == head_dim
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("head_dim", [1, 64, 128, 256])
+def test_backward_workspace_is_linear(dtype: str, head_dim: int) -> None:
+    small, large = (plan.backward(gradients(problem(dtype, head_dim, n)), HOPPER) for n in (4096, 8192))
+    assert [kernel.name for kernel in large.kernels] == ["backward_delta", "backward_sm80", "backward_dq"]
+    assert small.workspace_bytes * 2 == large.workspace_bytes
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"backward_sm80: float64 with head dim 256 needs \d+ bytes.*sm_89"):
+        plan.backward(gradients(problem("float64", 256)), ADA)
+
+
+def test_grid_covers_every_row() -> None:
+    (kernel,) = plan.forward(problem(seqlen=300, heads=3), HOPPER).kernels
+    assert kernel.grid == -(-300 // int(constants(kernel)["BLOCK_M"])) * 3 * 2
+    assert plan.forward(problem(seqlen=0), HOPPER).kernels == ()
+
+
+def test_more_blocks_than_a_launch_may_have() -> None:
+    with pytest.raises(UnsupportedError, match="thread blocks"):
+        plan.forward(replace(problem(), batch=2**31), HOPPER)
+
+
+def test_features_are_compiled_in_only_where_asked_for() -> None:
+    plain = constants(plan.forward(problem(causal=True, window=(5, 0)), HOPPER).kernels[0])
+    assert not any(plain[name] for name in ("SOFTCAP", "DROPOUT", "ALIBI", "VARLEN", "SIGNED_SCALE"))
+    capped = constants(plan.forward(problem(softcap=5.0, dropout=0.1, scale=-1.0), HOPPER).kernels[0])
+    assert all(capped[name] for name in ("SOFTCAP", "DROPOUT", "SIGNED_SCALE"))
+
+
+def test_kernel_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_KERNEL", "sm80")
+    assert plan.forward.__wrapped__(problem(), HOPPER).kernels[0].name == "forward_sm80"
+    monkeypatch.setenv("ANYATTN_KERNEL", "sm70")
+    with pytest.raises(UnsupportedError, match="ANYATTN_KERNEL must be one of sm80, got 'sm70'"):
+        plan.forward.__wrapped__(problem(), HOPPER)
+
+
+def test_own_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "tiles.yaml"
+    tile = "{head_dim: 64, BLOCK_M: 64, BLOCK_N: 32, WARPS: 4, MIN_BLOCKS: 1, V_PARTS: 1}"
+    table.write_text(f"forward_sm80:\n  16-bit:\n    - {tile}\n")
+    monkeypatch.setenv("ANYATTN_TILES", str(table))
+    monkeypatch.setattr(plan, "_tiles", plan._tiles.__wrapped__)
+    assert constants(plan.forward.__wrapped__(problem(), HOPPER).kernels[0])["BLOCK_N"] == 32
+    with pytest.raises(UnsupportedError, match="head dim 128"):
+        plan.forward.__wrapped__(problem(head_dim=128), HOPPER)
+
+
+@pytest.mark.parametrize("spec", plan.default_specs("sm_90a"), ids=lambda s: f"{s.source}-{abs(hash(s)) % 10**6}")
+def test_no_kernel_spills(spec: compiler.Spec) -> None:
+    """Nor does the compiler serialize tensor-core instructions or drop a register limit (C75xx)."""
+    built = compiler.cubin(spec)
+    assert [r.registers for r in built.resources() if r.registers > 255 or r.spill_bytes > SPILL_LIMIT] == []
+    assert [line for line in built.warnings() if re.search(r"C75(?!17)\d\d", line)] == []
