@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,3 +98,150 @@ def run(case: Case, inputs: Inputs, gradients: bool = True) -> Results:
 def test_table(case: Case, dtype: str) -> None:
     inputs = cases.make(case, dtype, np.random.default_rng(zlib.crc32(case.name.encode())))
     cases.check(case, dtype, inputs, run(case, inputs))
+
+
+# --- what the table does not show -------------------------------------------------------------------------------------
+
+
+def random_inputs(case: Case, dtype: str = "float32") -> Inputs:
+    return cases.make(case, dtype, np.random.default_rng(7))
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "5"])
+@pytest.mark.parametrize("name", ["decode", "rows_that_see_nothing", "varlen_uneven", "v_narrower", "dropout_most"])
+def test_any_number_of_threads(name: str, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_THREADS", threads)
+    monkeypatch.setattr(cpu, "_SMALL", 0)  # threads even where they don't pay
+    case, dtype = cases.BY_NAME[name], "bfloat16"
+    inputs = random_inputs(case, dtype)
+    first = run(case, inputs)
+    cases.check(case, dtype, inputs, first)
+    for field, again in vars(run(case, inputs)).items():
+        np.testing.assert_array_equal(again.view(np.uint8), getattr(first, field).view(np.uint8), err_msg=field)
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "3,2"}, 3),
+        ({"OMP_NUM_THREADS": "3", "ANYATTN_THREADS": "7"}, 7),
+        ({"OMP_NUM_THREADS": "", "ANYATTN_THREADS": "many"}, len(os.sched_getaffinity(0))),
+    ],
+)
+def test_thread_count(variables: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANYATTN_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    case = Case("large", seqlen_q=512, seqlen_k=512)
+    assert cpu._thread_count(validated(case, random_inputs(case))) == threads
+    case = Case("small", seqlen_q=16, seqlen_k=16)
+    assert cpu._thread_count(validated(case, random_inputs(case))) == 1
+
+
+def test_blas_gets_its_threads_back() -> None:
+    blas = cpu._openblas()
+    if blas is None:
+        pytest.skip("NumPy does not use OpenBLAS here")
+    before = blas.get_threads()
+    case = Case("large", seqlen_q=300, seqlen_k=300)
+    inputs = random_inputs(case)
+    with ThreadPoolExecutor(4) as pool:  # calls at the same time, from several threads
+        for results in pool.map(lambda _: run(case, inputs), range(8)):
+            cases.check(case, "float32", inputs, results)
+    assert blas.get_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_gets_threads_of_its_own() -> None:
+    script = """
+import os
+import numpy as np
+from tests.test_cpu import Case, random_inputs, run
+case = Case("large", seqlen_q=512, seqlen_k=512)
+inputs = random_inputs(case)
+out = run(case, inputs).out
+child = os.fork()
+if not child:
+    os._exit(0 if np.array_equal(run(case, inputs).out, out) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"ANYATTN_THREADS": "2", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("bfloat16", 128)])
+def test_memory_is_linear(dtype: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = 2
+    monkeypatch.setenv("ANYATTN_THREADS", str(threads))
+    seqlen = 16384
+    case = Case("long", 1, 4, 2, seqlen, seqlen, head_dim, head_dim, window=(1500, 300))
+    inputs = random_inputs(case, dtype)
+    tracemalloc.start()
+    results = run(case, inputs)
+    peak = tracemalloc.get_traced_memory()[1] - sum(x.nbytes for x in vars(results).values())
+    tracemalloc.stop()
+    assert peak < threads * 64 * 2**20
+
+
+@pytest.mark.parametrize("name", ["long", "narrow", "grouped"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_hidden_values_do_not_leak(name: str, value: float) -> None:
+    """A NaN or an infinity in q, k, v or dout reaches what sees it, and nothing else."""
+    shape: dict[str, Any] = {"batch": 1, "head_dim": 16, "head_dim_v": 8, "heads": 1, "heads_kv": 1}
+    case = {
+        "long": Case(name, **shape, seqlen_q=300, seqlen_k=400, causal=True, window=(150, -1)),
+        "narrow": Case(name, **shape, seqlen_q=130, seqlen_k=130, window=(3, 2)),
+        "grouped": Case(name, **(shape | {"heads": 3}), seqlen_q=40, seqlen_k=60, window=(9, 4), softcap=3.0),
+    }[name]
+    rng = np.random.default_rng(0)
+    clean = random_inputs(case)
+    problem = validated(case, clean)
+    position = np.arange(case.seqlen_q)[:, None] + case.seqlen_k - case.seqlen_q
+    key = np.arange(case.seqlen_k)[None, :]
+    sees = (key >= position - problem.left) & (key <= position + problem.right)
+    before = run(case, clean)
+    for field, spot in [("q", 20), ("dout", 30), ("k", case.seqlen_k - 25), ("v", case.seqlen_k - 3), ("k", 0)]:
+        poisoned = replace(clean, **{field: getattr(clean, field).copy()})
+        getattr(poisoned, field)[0, spot, 0, rng.integers(8)] = value
+        after = run(case, poisoned)
+        rows = sees[:, spot] if field in ("k", "v") else np.arange(case.seqlen_q) == spot  # rows that read it
+        for result, reached in [
+            ("out", rows if field != "dout" else rows & False),
+            ("dq", rows),
+            ("dk", sees[rows].any(axis=0)),
+            ("dv", sees[rows].any(axis=0)),
+        ]:
+            actual = getattr(after, result)[:, ~reached]
+            np.testing.assert_allclose(actual, getattr(before, result)[:, ~reached], rtol=1e-4, atol=1e-6)
+        if field in ("k", "v") and np.isnan(value):
+            assert np.isnan(after.out[:, rows]).any(axis=(-1, -2)).all()
+
+
+@pytest.mark.parametrize("size", [30.0, 300.0])
+def test_scores_far_beyond_the_range_of_exp(size: float) -> None:
+    """Later tiles raise the maximum over and over: the running maximum of the paper takes over."""
+    case = Case("rising", batch=1, seqlen_q=200, seqlen_k=2000, heads=1, heads_kv=1, causal=True)
+    inputs = random_inputs(case)
+    ramp = np.linspace(-size, size, case.seqlen_k, dtype=np.float32)[None, :, None, None]
+    direction = np.ones(case.head_dim, np.float32)
+    for ascending in (ramp, -ramp):
+        q = inputs.q * np.float32(0.1) + direction
+        k = inputs.k * np.float32(0.1) + ascending * direction
+        rising = replace(inputs, q=q, k=k)
+        # dq is a difference of large equal terms here, as good as the agreement of the products in both directions.
+        cases.check(case, "float32", rising, replace(run(case, rising), dq=None))
+
+
+def test_rounding_to_bfloat16_and_back() -> None:
+    values = np.array([1.0, 1.00390625, 1.01171875, -0.0, 3.4e38, np.inf, -np.inf, np.nan, 1e-40, 65504.0], np.float32)
+    bits = np.empty(values.shape, np.uint16)
+    cpu._narrow(values, bits)
+    np.testing.assert_array_equal(bits, values.astype(DTYPES["bfloat16"]).view(np.uint16))
+    cpu._narrow(np.array([0x7FFFFFFF], np.uint32).view(np.float32), bits[:1])
+    assert np.isnan(bits[:1].view(DTYPES["bfloat16"])).all()
+    every = np.arange(2**16, dtype=np.uint16)
+    wide = np.empty(every.shape, np.float32)
+    cpu._widen(every, wide)
+    np.testing.assert_array_equal(wide, every.view(DTYPES["bfloat16"]).astype(np.float32))
