@@ -49,7 +49,7 @@ _ROWS, _KEYS, _TILE = 512, 512, 512 * 512
 _EDGE = 64
 _BACKWARD_ROWS, _BACKWARD_KEYS = 384, 384
 _OVERFLOW = 2.0**32  # far from overflow still, even when multiplied by V
-_SMALL = 1 << 21  # multiply-adds below which a second thread does not pay
+_SMALL = 1 << 23  # multiply-adds below which a second thread does not pay
 
 
 # --- entrances -------------------------------------------------------------------------------------------------------
@@ -82,10 +82,9 @@ def forward(
     if lse.size == 0:
         return
     job = _Job(problem, seed, _thread_count(problem))
-    sequences = _sequences(problem, (q, out, lse), (k, v), alibi, cu_seqlens_q, cu_seqlens_k, job.unit)
-    groups = [(s, heads) for s in sequences for heads in _pieces(problem.heads_kv, job.heads_at_once(s.band))]
+    groups = list(_groups(job, (q, out, lse), (k, v), alibi, cu_seqlens_q, cu_seqlens_k))
     parts = job.parts(len(groups))
-    _run([partial(_forward, job, s, heads, part, parts) for s, heads in groups for part in range(parts)], job)
+    _run([partial(_forward, job, group, part, parts) for group in groups for part in range(parts)], job)
 
 
 def backward(
@@ -117,15 +116,12 @@ def backward(
     if problem.heads_kv == 0:
         return
     job = _Job(problem, seed, _thread_count(problem))
-    sequences = _sequences(
-        problem, (q, dout, out, lse, dq), (k, v, dk, dv), alibi, cu_seqlens_q, cu_seqlens_k, job.unit
-    )
-    groups = [(s, heads) for s in sequences for heads in _pieces(problem.heads_kv, job.heads_at_once(s.band))]
+    groups = list(_groups(job, (q, dout, out, lse, dq), (k, v, dk, dv), alibi, cu_seqlens_q, cu_seqlens_k))
     parts = job.parts(len(groups))
     tasks: list[_Task] = []
-    for s, heads in groups:
+    for group in groups:
         shares: list[_Share | None] = [None] * parts
-        tasks += [partial(_backward, job, s, heads, part, shares) for part in range(parts)]
+        tasks += [partial(_backward, job, group, part, shares) for part in range(parts)]
     _run(tasks, job)
 
 
@@ -196,40 +192,47 @@ def _hidden(rows: int, keys: int, first: int, left: int, right: int) -> npt.NDAr
     return (relative < -left) | (relative > right)
 
 
-class _Sequence(NamedTuple):
-    """The arrays of one sequence."""
+class _Group(NamedTuple):
+    """Some K/V heads of some sequences of the same lengths, and the query heads that read them: one tile holds all."""
 
-    number: int
+    sequence: int  # the first one
+    head: int  # the first K/V head
     band: _Band
-    by_query: list[Array]  # each (heads_kv, group, seqlen_q, ...): the query heads that share a K/V head together
-    by_key: list[Array]  # each (heads_kv, seqlen_k, dim)
-    slopes: Array | None  # (heads_kv, group), in units of the job
+    by_query: list[Array]  # each (sequences, K/V heads, query heads of each, seqlen_q, ...)
+    by_key: list[Array]  # each (sequences, K/V heads, seqlen_k, dim)
+    slopes: Array | None  # (sequences, K/V heads, query heads of each), in units of the job
 
 
-def _sequences(
-    problem: Problem,
+def _groups(
+    job: _Job,
     by_query: tuple[Array, ...],
     by_key: tuple[Array, ...],
     alibi: Array | None,
     cu_seqlens_q: Array | None,
     cu_seqlens_k: Array | None,
-    unit: float,
-) -> Iterator[_Sequence]:
-    group = problem.heads // problem.heads_kv
-    for b in range(problem.batch):
-        if cu_seqlens_q is None or cu_seqlens_k is None:
-            queries, keys = [x[b] for x in by_query], [x[b] for x in by_key]
-        else:
+) -> Iterator[_Group]:
+    """Cut a call into groups."""
+    problem = job.problem
+    slopes = None
+    if alibi is not None:
+        slopes = np.broadcast_to(alibi * job.unit, (problem.batch, problem.heads))
+        slopes = slopes.reshape(problem.batch, problem.heads_kv, job.members)
+
+    def cut(first: int, queries: list[Array], keys: list[Array]) -> Iterator[_Group]:
+        queries = [x.reshape(len(x), problem.heads_kv, job.members, *x.shape[2:]) for x in queries]
+        band = _Band(problem.left, problem.right, queries[0].shape[3], keys[0].shape[2])
+        at_once = job.heads_at_once(band)
+        for n in _pieces(len(queries[0]), at_once // problem.heads_kv):
+            for h in _pieces(problem.heads_kv, at_once):
+                here = None if slopes is None else slopes[first + n.start : first + n.stop, h]
+                yield _Group(first + n.start, h.start, band, [x[n, h] for x in queries], [x[n, h] for x in keys], here)
+
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        yield from cut(0, list(by_query), list(by_key))
+    else:
+        for b in range(problem.batch):
             i, j = (slice(int(cu[b]), int(cu[b + 1])) for cu in (cu_seqlens_q, cu_seqlens_k))
-            queries, keys = [x[:, i] for x in by_query], [x[:, j] for x in by_key]
-        slopes = None if alibi is None else alibi if alibi.ndim == 1 else alibi[b]
-        yield _Sequence(
-            number=b,
-            band=_Band(problem.left, problem.right, queries[0].shape[1], keys[0].shape[1]),
-            by_query=[x.reshape(problem.heads_kv, group, *x.shape[1:]) for x in queries],
-            by_key=keys,
-            slopes=None if slopes is None else slopes.reshape(problem.heads_kv, group) * unit,
-        )
+            yield from cut(b, [x[None, :, i] for x in by_query], [x[None, :, j] for x in by_key])
 
 
 class _Workspace:
@@ -260,7 +263,7 @@ class _Job:
         self.threads = threads
         self.lock = threading.Lock()
         self.compute = np.dtype(np.float64 if problem.dtype == "float64" else np.float32)
-        self.group = problem.heads // problem.heads_kv
+        self.members = problem.heads // problem.heads_kv  # query heads of each K/V head
         # exp runs in base 2 where that is faster: every score is multiplied by `unit`, whatever it is made of.
         base_2 = self.compute == np.float32 and _exp2_is_faster()
         self.exp: np.ufunc = np.exp2 if base_2 else np.exp
@@ -272,9 +275,13 @@ class _Job:
 
     def heads_at_once(self, band: _Band) -> int:
         """K/V heads in one tile: several when the sequences are short, but no fewer tasks than threads."""
-        scores = max(self.group * min(band.seqlen_q, _ROWS) * min(band.seqlen_k, _KEYS), 1)
+        scores = max(self.members * min(band.seqlen_q, _ROWS) * min(band.seqlen_k, _KEYS), 1)
         share = -(-self.problem.heads_kv * self.problem.batch // self.threads)
         return max(min(_TILE // scores, share), 1)
+
+    def members_at_once(self, rows: range, longest: int) -> list[slice]:
+        """The query heads of a K/V head that stand below each other in a tile; more than one only in short blocks."""
+        return _pieces(self.members, longest // len(rows) if len(rows) <= _EDGE else 1)
 
     def parts(self, groups: int) -> int:
         """Into how many parts to cut the work of each group of heads, to keep all threads busy to the end."""
@@ -282,12 +289,11 @@ class _Job:
 
 
 class _Tile(NamedTuple):
-    """Some query heads, rows and keys of one sequence. Its arrays are (heads, members, rows, keys)."""
+    """Some query heads, rows and keys of a group. Its arrays are (K/V heads of all sequences, members, rows, keys)."""
 
     job: _Job
-    sequence: _Sequence
-    heads: slice  # K/V heads
-    members: slice  # query heads of each
+    group: _Group
+    members: slice  # query heads of each K/V head
     rows: range
     keys: range
 
@@ -296,7 +302,7 @@ class _Tile(NamedTuple):
 
         Args:
             s: the product of scaled Q and K, with `shift` subtracted already unless there is softcap.
-            shift: (heads, members, rows).
+            shift: (K/V heads, members, rows).
             ws: scratch.
             tanh: if given, receives tanh(x / softcap), which the derivative needs.
         """
@@ -306,29 +312,30 @@ class _Tile(NamedTuple):
                 np.copyto(tanh, s)
             s *= self.job.softcap
             s -= shift[..., None]
-        if self.sequence.slopes is not None:
-            position = np.arange(self.rows.start, self.rows.stop)[:, None] + self.sequence.band.offset
+        if self.group.slopes is not None:
+            position = np.arange(self.rows.start, self.rows.stop)[:, None] + self.group.band.offset
             distance = np.abs(position - np.arange(self.keys.start, self.keys.stop)).astype(s.dtype)
-            slopes = self.sequence.slopes[self.heads, self.members, None, None]
+            slopes = self.group.slopes[:, :, self.members].reshape(*s.shape[:2], 1, 1)
             s -= np.multiply(slopes, distance, out=ws("bias", *s.shape))
         return self.hide(s, -np.inf)
 
     def hide(self, x: Array, value: float) -> bool:
         """Overwrite what is not visible; tell whether there may be any."""
-        return self.sequence.band.hide(x, self.rows, self.keys, value)
+        return self.group.band.hide(x, self.rows, self.keys, value)
 
     def drop(self, x: Array) -> None:
         """Zero what dropout drops."""
-        job = self.job
+        job, group = self.job, self.group
         if job.problem.dropout:
-            for h, m in np.ndindex(x.shape[:2]):
-                head = (self.heads.start + h) * job.group + self.members.start + m
-                x[h, m] *= keep_mask(job.seed, job.problem.dropout, self.sequence.number, head, self.rows, self.keys)
+            for n, h, m in np.ndindex(*group.by_key[0].shape[:2], x.shape[1]):
+                head = (group.head + h) * job.members + self.members.start + m
+                keep = keep_mask(job.seed, job.problem.dropout, group.sequence + n, head, self.rows, self.keys)
+                _unfold(x, group)[n, h, m] *= keep
 
     def visible(self) -> Iterator[tuple[int, slice]]:
         """For each row, its index and the keys it sees, counted inside the tile."""
         for index, row in enumerate(self.rows):
-            keys = self.sequence.band.keys(range(row, row + 1))
+            keys = self.group.band.keys(range(row, row + 1))
             start = max(keys.start, self.keys.start)
             yield index, slice(start - self.keys.start, max(min(keys.stop, self.keys.stop), start) - self.keys.start)
 
@@ -336,58 +343,56 @@ class _Tile(NamedTuple):
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def _forward(job: _Job, sequence: _Sequence, heads: slice, part: int, parts: int, ws: _Workspace) -> None:
-    """Attention of each `parts`-th block of rows, for the query heads of some K/V heads."""
-    band = sequence.band
+def _forward(job: _Job, group: _Group, part: int, parts: int, ws: _Workspace) -> None:
+    """Attention of each `parts`-th block of a group's rows."""
+    band = group.band
     blocks = _evenly(range(band.seqlen_q), _ROWS)[part::parts]
     if not blocks:
         return
     # K is transposed once; V is copied tile by tile, so that the product reads it from the cache.
     seen = band.keys(range(blocks[0].start, blocks[-1].stop))
-    k = sequence.by_key[0][heads, seen.start : seen.stop]
+    k = group.by_key[0][:, :, seen.start : seen.stop]
     # An odd number of cache lines from row to row, else all rows of a tile would compete for the same cache sets.
-    k_t = ws("k_t", len(k), k.shape[-1] + 1, len(seen) // 32 * 32 + 48)[..., : len(seen)]
-    _widen(k.swapaxes(1, 2), k_t[:, :-1])
+    k_t = ws("k_t", k.shape[0] * k.shape[1], k.shape[3] + 1, len(seen) // 32 * 32 + 48)[..., : len(seen)]
+    _widen(k.swapaxes(2, 3), _unfold(k_t[:, :-1], group))
     k_t[:, -1] = 1.0
     for rows in blocks:
-        for members in _pieces(job.group, _ROWS // len(rows) if len(rows) <= _EDGE else 1):
-            _forward_block(job, sequence, heads, members, rows, k_t, seen.start, ws)
+        for members in job.members_at_once(rows, _ROWS):
+            _forward_block(job, group, members, rows, k_t, seen.start, ws)
 
 
 def _forward_block(
     job: _Job,
-    sequence: _Sequence,
-    heads: slice,
+    group: _Group,
     members: slice,
     rows: range,
-    k_t: Array,  # [heads, D + 1, keys from first_key on]
+    k_t: Array,  # [K/V heads, D + 1, keys from first_key on]
     first_key: int,
     ws: _Workspace,
 ) -> None:
-    q, out, lse = (x[heads, members, rows.start : rows.stop] for x in sequence.by_query)
-    v = sequence.by_key[1][heads]
-    count, taken, height, head_dim = q.shape
-    head_dim_v = v.shape[-1]
+    q, out, lse = (x[:, :, members, rows.start : rows.stop] for x in group.by_query)
+    v = group.by_key[1]
+    count, (taken, height, head_dim), head_dim_v = len(k_t), q.shape[2:], v.shape[3]
     inside = not job.problem.softcap  # the shift is subtracted by the product
 
     q_tile = ws("q", count, taken, height, head_dim + 1)
-    _widen(q, q_tile[..., :-1], job.gain)
-    shift = _score_of_a_visible_key(_Tile(job, sequence, heads, members, rows, keys=range(0)), q_tile[..., :-1], ws)
+    _widen(q, _unfold(q_tile[..., :-1], group), job.gain)
+    shift = _score_of_a_visible_key(_Tile(job, group, members, rows, keys=range(0)), q_tile[..., :-1], ws)
     q_tile[..., -1] = -shift if inside else 0.0
     total = np.zeros_like(shift)
     o = ws("o", count, taken, height, head_dim_v)
     o[...] = 0.0
 
     ones = np.ones(_KEYS, o.dtype)
-    for some, keys in sequence.band.tiles(rows, min(_TILE // (count * taken * height), _KEYS)):
-        tile = _Tile(job, sequence, heads, members, some, keys)
+    for some, keys in group.band.tiles(rows, min(_TILE // (count * taken * height), _KEYS)):
+        tile = _Tile(job, group, members, some, keys)
         here = slice(some.start - rows.start, some.stop - rows.start)
         flat = count, taken * len(some), -1  # the rows of the members, below each other
         p = ws("p", count, taken, len(some), len(keys))
         p_flat, q_flat = p.reshape(flat), q_tile[:, :, here].reshape(flat)
         k_tile = k_t[..., keys.start - first_key : keys.stop - first_key]
         v_tile = ws("v", count, len(keys), head_dim_v)
-        _widen(v[:, keys.start : keys.stop], v_tile)
+        _widen(v[:, :, keys.start : keys.stop], _unfold(v_tile, group))
 
         np.matmul(q_flat, k_tile, out=p_flat)
         masked = tile.finish_scores(p, shift[:, :, here], ws)
@@ -415,35 +420,36 @@ def _forward_block(
                 pv[:, :, i] = p[:, :, i, j] @ v_tile[:, j]
         o[:, :, here] += pv
 
-    lse[...] = (shift + job.log(total).astype(np.float64)) / job.unit
+    lse[...] = _unfold((shift + job.log(total).astype(np.float64)) / job.unit, group)
     total[total == 0.0] = 1.0  # rows that see nothing: 0 / 1
     o /= total[..., None]
     if job.problem.dropout:
         o *= job.kept
-    _narrow(o, out)
+    _narrow(_unfold(o, group), out)
 
 
 def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
     """For each (head, member, row), the score of the key nearest to the row's own position; 0 where it is hidden."""
-    softcap, band, rows = block.job.softcap, block.sequence.band, block.rows
+    softcap, group, rows = block.job.softcap, block.group, block.rows
+    band, k = group.band, group.by_key[0]
     score = np.zeros(q.shape[:-1], q.dtype)
     if not band.keys(rows):
         return score
-    k = block.sequence.by_key[0][block.heads]
     before = min(max(-(rows.start + band.offset), 0), len(rows))  # rows that stand before the first key
-    here = ws("k", len(k), len(rows) - before, k.shape[-1])
-    _widen(k[:, rows.start + band.offset + before : rows.stop + band.offset], here)
+    here = ws("k", len(q), len(rows) - before, q.shape[-1])
+    _widen(k[:, :, rows.start + band.offset + before : rows.stop + band.offset], _unfold(here, group))
     np.einsum("hmid,hid->hmi", q[:, :, before:], here, out=score[:, :, before:])
     if before:
-        first = ws("k", len(k), 1, k.shape[-1])
-        _widen(k[:, :1], first)
+        first = ws("k", len(q), 1, q.shape[-1])
+        _widen(k[:, :, :1], _unfold(first, group))
         np.einsum("hmid,hjd->hmi", q[:, :, :before], first, out=score[:, :, :before])
     distance = np.arange(rows.start + band.offset, rows.start + band.offset + before)  # not positive
     if softcap:
         np.tanh(score, out=score)
         score *= softcap
-    if block.sequence.slopes is not None:
-        score[:, :, :before] += block.sequence.slopes[block.heads, block.members, None] * distance.astype(q.dtype)
+    if group.slopes is not None:
+        slopes = group.slopes[:, :, block.members].reshape(*score.shape[:2], 1)
+        score[:, :, :before] += slopes * distance.astype(q.dtype)
     score[:, :, :before][..., -distance > band.right] = 0.0
     return score
 
@@ -453,14 +459,12 @@ def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
 _Share: TypeAlias = tuple[Array, Array]  # of dK and dV
 
 
-def _backward(
-    job: _Job, sequence: _Sequence, heads: slice, part: int, shares: list[_Share | None], ws: _Workspace
-) -> None:
-    """dQ of each `len(shares)`-th block of rows, for the query heads of some K/V heads, and its share of dK and dV.
+def _backward(job: _Job, group: _Group, part: int, shares: list[_Share | None], ws: _Workspace) -> None:
+    """dQ of each `len(shares)`-th block of a group's rows, and its share of dK and dV.
 
     The part that ends last adds up the shares, in their order, so that no sum depends on the threads' timing.
     """
-    band, (dk, dv) = sequence.band, (x[heads] for x in sequence.by_key[2:])
+    dk, dv = group.by_key[2:]
     if len(shares) > 1:
         dk_sum, dv_sum = np.empty(dk.shape, job.compute), np.empty(dv.shape, job.compute)
     elif dk.dtype == job.compute:
@@ -469,9 +473,9 @@ def _backward(
         dk_sum, dv_sum = ws("dk_sum", *dk.shape), ws("dv_sum", *dv.shape)
     dk_sum[...] = dv_sum[...] = 0.0
 
-    for rows in _evenly(range(band.seqlen_q), _BACKWARD_ROWS)[part :: len(shares)]:
-        for members in _pieces(job.group, _BACKWARD_ROWS // len(rows) if len(rows) <= _EDGE else 1):
-            _backward_block(job, sequence, heads, members, rows, dk_sum, dv_sum, ws)
+    for rows in _evenly(range(group.band.seqlen_q), _BACKWARD_ROWS)[part :: len(shares)]:
+        for members in job.members_at_once(rows, _BACKWARD_ROWS):
+            _backward_block(job, group, members, rows, dk_sum, dv_sum, ws)
 
     with job.lock:
         shares[part] = dk_sum, dv_sum
@@ -488,41 +492,39 @@ def _backward(
 
 def _backward_block(
     job: _Job,
-    sequence: _Sequence,
-    heads: slice,
+    group: _Group,
     members: slice,
     rows: range,
-    dk_sum: Array,  # [heads, S_k, D]
-    dv_sum: Array,  # [heads, S_k, D_v]
+    dk_sum: Array,  # [sequences, K/V heads, S_k, D]
+    dv_sum: Array,  # [sequences, K/V heads, S_k, D_v]
     ws: _Workspace,
 ) -> None:
     problem = job.problem
-    q, dout, out, lse, dq = (x[heads, members, rows.start : rows.stop] for x in sequence.by_query)
-    k, v = (x[heads] for x in sequence.by_key[:2])
-    count, taken, height, head_dim = q.shape
-    head_dim_v = v.shape[-1]
+    q, dout, out, lse, dq = (x[:, :, members, rows.start : rows.stop] for x in group.by_query)
+    k, v = group.by_key[:2]
+    count, (taken, height, head_dim), head_dim_v = k.shape[0] * k.shape[1], q.shape[2:], v.shape[3]
 
     q_tile, dout_tile = ws("q", count, taken, height, head_dim + 1), ws("dout", count, taken, height, head_dim_v + 1)
-    _widen(q, q_tile[..., :-1], job.gain)
-    _widen(dout, dout_tile[..., :-1])
-    out_tile = ws("out", *out.shape)
-    _widen(out, out_tile)
+    out_tile, dq_sum = ws("out", count, taken, height, head_dim_v), ws("dq_sum", count, taken, height, head_dim)
+    _widen(q, _unfold(q_tile[..., :-1], group), job.gain)
+    _widen(dout, _unfold(dout_tile[..., :-1], group))
+    _widen(out, _unfold(out_tile, group))
     dots = np.einsum("hmid,hmid->hmi", dout_tile[..., :-1], out_tile)
     # A row of LSE -inf sees no key: any finite value will do.
-    shift = np.multiply(np.where(lse == -np.inf, 0.0, lse), job.unit, dtype=np.float64).astype(job.compute)
+    lse = np.where(lse == -np.inf, 0.0, lse).reshape(count, taken, height)
+    shift = np.multiply(lse, job.unit, dtype=np.float64).astype(job.compute)
     q_tile[..., -1] = 0.0 if problem.softcap else -shift
     dout_tile[..., -1] = 0.0 if problem.dropout else -dots
-    dq_sum = ws("dq_sum", *q.shape)
     dq_sum[...] = 0.0
 
-    for some, keys in sequence.band.tiles(rows, min(_TILE // (count * taken * height), _BACKWARD_KEYS)):
-        tile = _Tile(job, sequence, heads, members, some, keys)
+    for some, keys in group.band.tiles(rows, min(_TILE // (count * taken * height), _BACKWARD_KEYS)):
+        tile = _Tile(job, group, members, some, keys)
         here = slice(some.start - rows.start, some.stop - rows.start)
         flat = count, taken * len(some), -1  # the rows of the members, below each other
         q_flat, dout_flat = q_tile[:, :, here].reshape(flat), dout_tile[:, :, here].reshape(flat)
         k_tile, v_tile = ws("k", count, len(keys), head_dim + 1), ws("v", count, len(keys), head_dim_v + 1)
-        _widen(k[:, keys.start : keys.stop], k_tile[..., :-1])
-        _widen(v[:, keys.start : keys.stop], v_tile[..., :-1])
+        _widen(k[:, :, keys.start : keys.stop], _unfold(k_tile[..., :-1], group))
+        _widen(v[:, :, keys.start : keys.stop], _unfold(v_tile[..., :-1], group))
         k_tile[..., -1] = v_tile[..., -1] = 1.0
 
         p, ds = (ws(name, count, taken, len(some), len(keys)) for name in ("p", "ds"))
@@ -559,13 +561,13 @@ def _backward_block(
                 dv_tile[:, j] += p[:, :, i, j].swapaxes(1, 2) @ dout_tile[:, :, here.start + i, :-1]
         dq_sum[:, :, here] += dq_tile
         dk_tile *= problem.softcap or 1.0 / job.unit  # scale / gain
-        dk_sum[:, keys.start : keys.stop] += dk_tile
+        dk_sum[:, :, keys.start : keys.stop] += _unfold(dk_tile, group)
         if problem.dropout:
             dv_tile *= job.kept
-        dv_sum[:, keys.start : keys.stop] += dv_tile
+        dv_sum[:, :, keys.start : keys.stop] += _unfold(dv_tile, group)
 
     dq_sum *= problem.scale
-    _narrow(dq_sum, dq)
+    _narrow(_unfold(dq_sum, group), dq)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -579,8 +581,14 @@ def _evenly(whole: range, longest: int) -> tuple[range, ...]:
     return tuple(range(start, min(start + length, whole.stop)) for start in whole[:: max(length, 1)])
 
 
+def _unfold(x: Array, group: _Group) -> Array:
+    """Split the first dimension of a tile's array into (sequences, K/V heads); a view."""
+    return x.reshape(*group.by_key[0].shape[:2], *x.shape[1:])
+
+
 def _pieces(total: int, length: int) -> list[slice]:
-    return [slice(start, min(start + length, total)) for start in range(0, total, length)]
+    """Cut a dimension into pieces of this length (of 1 at least)."""
+    return [slice(start, min(start + max(length, 1), total)) for start in range(0, total, max(length, 1))]
 
 
 def _widen(x: Array, out: Array, gain: float = 1.0) -> None:
