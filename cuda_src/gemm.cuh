@@ -23,8 +23,8 @@ struct Fragment<float> {
 };
 
 __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
-  high = __float_as_uint(x) & 0xffffe000u;
-  low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;  // rounded to nearest
+  high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;  // rounded to nearest, so that low has either sign
+  low = __float_as_uint(x - __uint_as_float(high));
 }
 
 template <class E>
