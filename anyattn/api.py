@@ -302,7 +302,7 @@ def _adapter(q: Any) -> Any:
             f"q must be an array of NumPy, CuPy, PyTorch, JAX or a library that speaks DLPack, got {type(q).__name__}"
         )
     if name == "torch":  # torch.compile follows an import statement, but not importlib
-        from anyattn.backends import torch as adapter  # type: ignore[import-not-found]
+        from anyattn.backends import torch as adapter
     else:
         adapter = importlib.import_module(f"anyattn.backends.{name}")
     _ADAPTERS[type(q)] = adapter

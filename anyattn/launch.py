@@ -205,7 +205,8 @@ class _Stream:
 
 
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
-    args = (np.frombuffer(_POINTERS.pack(*pointers) + prepared.constants, PARAMS)[0],)
+    # Plain bytes: for a structured scalar CuPy would have NumPy describe every field at every launch.
+    args = (np.void(_POINTERS.pack(*pointers) + prepared.constants),)
     external = _Stream(stream)
     runtime = _runtime()
     current = runtime.getDevice()
