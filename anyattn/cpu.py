@@ -43,11 +43,13 @@ from anyattn.problem import BackwardProblem, Problem
 
 Array: TypeAlias = npt.NDArray[Any]
 
-# The longest sides of a tile and its scores: in float32 they fill half of a 1 MiB level-2 cache (two of the smaller
-# tiles of the backward pass do), and are as large as it takes for the products to run at full speed.
-_ROWS, _KEYS, _TILE = 512, 512, 512 * 512
-_EDGE = 64
-_BACKWARD_ROWS, _BACKWARD_KEYS = 384, 384
+# The longest sides of a tile, and its scores: in float32 they fill a level-2 cache, or half of it (the backward pass
+# keeps two such arrays). That is as large as the products need; and the fewer steps, the less the threads wait for
+# Python's interpreter lock. So several heads share a tile, as long as what is kept of each stays small.
+_ROWS, _KEYS, _TILE = 384, 512, 1 << 18
+_EDGE = 128  # rows of the tiles along a mask's edge
+_HEADS, _BACKWARD_HEADS = 4, 2
+_KEPT_BYTES = 1 << 24
 _OVERFLOW = 2.0**32  # far from overflow still, even when multiplied by V
 _SMALL = 1 << 23  # multiply-adds below which a second thread does not pay
 
@@ -82,8 +84,11 @@ def forward(
     if lse.size == 0:
         return
     job = _Job(problem, seed, _thread_count(problem))
-    groups = list(_groups(job, (q, out, lse), (k, v), alibi, cu_seqlens_q, cu_seqlens_k))
-    parts = job.parts(len(groups))
+    groups = list(_groups(job, (q, out, lse), (k, v), alibi, cu_seqlens_q, cu_seqlens_k, _HEADS))
+    # Long sequences are cut into more parts than threads, of which the faster threads then take more.
+    parts = max(
+        job.parts(len(groups)), min(-(-4 * job.threads // max(len(groups), 1)), problem.seqlen_q // (4 * _ROWS))
+    )
     _run([partial(_forward, job, group, part, parts) for group in groups for part in range(parts)], job)
 
 
@@ -116,7 +121,9 @@ def backward(
     if problem.heads_kv == 0:
         return
     job = _Job(problem, seed, _thread_count(problem))
-    groups = list(_groups(job, (q, dout, out, lse, dq), (k, v, dk, dv), alibi, cu_seqlens_q, cu_seqlens_k))
+    groups = list(
+        _groups(job, (q, dout, out, lse, dq), (k, v, dk, dv), alibi, cu_seqlens_q, cu_seqlens_k, _BACKWARD_HEADS)
+    )
     parts = job.parts(len(groups))
     tasks: list[_Task] = []
     for group in groups:
@@ -210,8 +217,9 @@ def _groups(
     alibi: Array | None,
     cu_seqlens_q: Array | None,
     cu_seqlens_k: Array | None,
+    heads_at_once: int,
 ) -> Iterator[_Group]:
-    """Cut a call into groups."""
+    """Cut a call into groups of about `heads_at_once` K/V heads."""
     problem = job.problem
     slopes = None
     if alibi is not None:
@@ -221,7 +229,7 @@ def _groups(
     def cut(first: int, queries: list[Array], keys: list[Array]) -> Iterator[_Group]:
         queries = [x.reshape(len(x), problem.heads_kv, job.members, *x.shape[2:]) for x in queries]
         band = _Band(problem.left, problem.right, queries[0].shape[3], keys[0].shape[2])
-        at_once = job.heads_at_once(band)
+        at_once = job.heads_at_once(band, heads_at_once)
         for n in _pieces(len(queries[0]), at_once // problem.heads_kv):
             for h in _pieces(problem.heads_kv, at_once):
                 here = None if slopes is None else slopes[first + n.start : first + n.stop, h]
@@ -273,18 +281,20 @@ class _Job:
         self.gain = problem.scale / problem.softcap if problem.softcap else problem.scale * self.unit
         self.kept = 1.0 / (1.0 - problem.dropout)  # the weight of what dropout keeps
 
-    def heads_at_once(self, band: _Band) -> int:
-        """K/V heads in one tile: several when the sequences are short, but no fewer tasks than threads."""
+    def heads_at_once(self, band: _Band, most: int) -> int:
+        """K/V heads in one tile: `most` or, of short sequences, more, but no fewer tasks than threads."""
+        problem = self.problem
         scores = max(self.members * min(band.seqlen_q, _ROWS) * min(band.seqlen_k, _KEYS), 1)
-        share = -(-self.problem.heads_kv * self.problem.batch // self.threads)
-        return max(min(_TILE // scores, share), 1)
+        kept = (problem.head_dim + problem.head_dim_v) * max(band.seqlen_k, 1) * self.compute.itemsize
+        share = -(-problem.heads_kv * problem.batch // self.threads)
+        return max(min(max(_TILE // scores, most), _KEPT_BYTES // kept, share), 1)
 
     def members_at_once(self, rows: range, longest: int) -> list[slice]:
         """The query heads of a K/V head that stand below each other in a tile; more than one only in short blocks."""
         return _pieces(self.members, longest // len(rows) if len(rows) <= _EDGE else 1)
 
     def parts(self, groups: int) -> int:
-        """Into how many parts to cut the work of each group of heads, to keep all threads busy to the end."""
+        """Into how many parts to cut the work of each group of heads, for every thread to have a share."""
         return 1 if groups >= 4 * self.threads or not groups else self.threads // math.gcd(groups, self.threads)
 
 
@@ -473,8 +483,8 @@ def _backward(job: _Job, group: _Group, part: int, shares: list[_Share | None], 
         dk_sum, dv_sum = ws("dk_sum", *dk.shape), ws("dv_sum", *dv.shape)
     dk_sum[...] = dv_sum[...] = 0.0
 
-    for rows in _evenly(range(group.band.seqlen_q), _BACKWARD_ROWS)[part :: len(shares)]:
-        for members in job.members_at_once(rows, _BACKWARD_ROWS):
+    for rows in _evenly(range(group.band.seqlen_q), _ROWS)[part :: len(shares)]:
+        for members in job.members_at_once(rows, _ROWS):
             _backward_block(job, group, members, rows, dk_sum, dv_sum, ws)
 
     with job.lock:
@@ -517,7 +527,7 @@ def _backward_block(
     dout_tile[..., -1] = 0.0 if problem.dropout else -dots
     dq_sum[...] = 0.0
 
-    for some, keys in group.band.tiles(rows, min(_TILE // (count * taken * height), _BACKWARD_KEYS)):
+    for some, keys in group.band.tiles(rows, min(_TILE // (count * taken * height), _KEYS)):
         tile = _Tile(job, group, members, some, keys)
         here = slice(some.start - rows.start, some.stop - rows.start)
         flat = count, taken * len(some), -1  # the rows of the members, below each other

@@ -1,0 +1,132 @@
+"""anyattn on the CPU against PyTorch's scaled_dot_product_attention: float32, 8 heads of 64, the same threads.
+
+python -m benchmarks.cpu [--threads 2] [--rounds 9] [--seqlens 512,2048,8192]
+
+Both run in one process on the same arrays, by turns; each cell is the median over the rounds. Without PyTorch only
+anyattn is timed. Writes benchmarks/results/cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import anyattn
+from benchmarks import common
+
+HEADS, HEAD_DIM = 8, 64
+OURS, RIVAL = "anyattn", "torch"
+PAUSE = 0.05  # seconds; OpenMP's threads spin on their cores for a while after PyTorch's calls
+
+
+def contenders(seqlen: int, causal: bool, direction: str, threads: int) -> dict[str, Callable[[], Any]]:
+    """The calls to time, which return the output or the gradients as NumPy arrays (batch, heads, seqlen, dim)."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, HEADS, seqlen, HEAD_DIM), np.float32) for _ in range(4))
+    options: dict[str, Any] = {"causal": causal, "layout": "bhsd", "backend": "cpu"}
+    out, lse = anyattn.attention(q, k, v, return_lse=True, **options)
+    calls: dict[str, Callable[[], Any]] = {
+        OURS: (
+            (lambda: [anyattn.attention(q, k, v, **options)])
+            if direction == "forward"
+            else (lambda: anyattn.attention_backward(dout, q, k, v, out, lse, **options))
+        )
+    }
+    try:
+        import torch
+    except ImportError:
+        return calls
+    torch.set_num_threads(threads)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    tq, tk, tv = (torch.from_numpy(x).requires_grad_(direction == "backward") for x in (q, k, v))
+    rival_out = attention(tq, tk, tv, is_causal=causal)
+
+    def forward() -> list[Any]:
+        return [attention(tq, tk, tv, is_causal=causal).numpy()]
+
+    def backward() -> list[Any]:
+        grads = torch.autograd.grad(rival_out, (tq, tk, tv), torch.from_numpy(dout), retain_graph=True)
+        return [x.numpy() for x in grads]
+
+    return calls | {RIVAL: forward if direction == "forward" else backward}
+
+
+def measure(seqlen: int, causal: bool, direction: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Time one cell: GFLOP/s by name, and ours over the rival's."""
+    calls = contenders(seqlen, causal, direction, threads)
+    results = {name: call() for name, call in calls.items()}
+    for ours, theirs in zip(results[OURS], results.get(RIVAL, ()), strict=False):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    flop = 4.0 * HEADS * seqlen**2 * HEAD_DIM * (2.5 if direction == "backward" else 1.0) / (2 if causal else 1)
+    repeats = max(1, round(4e9 / flop))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(rounds):
+        for name in order:
+            time.sleep(PAUSE)
+            calls[name]()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                calls[name]()
+            seconds[name].append((time.perf_counter() - start) / repeats)
+        order.reverse()
+    gflops = {name: flop / statistics.median(times) / 1e9 for name, times in seconds.items()}
+    cell = {"direction": direction, "seqlen": seqlen, "causal": causal, "gflops": gflops, "seconds": seconds}
+    return cell | ({"ratio": gflops[OURS] / gflops[RIVAL]} if RIVAL in gflops else {})
+
+
+def cpu_name() -> str:
+    """The processor's name, as Linux tells it; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    """Run the cells, print them and write them down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seqlens", default="512,2048,8192")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "cpu.json")
+    arguments = parser.parse_args()
+    os.environ["ANYATTN_THREADS"] = str(arguments.threads)
+
+    cells: list[dict[str, Any]] = []
+    means: dict[str, float] = {}
+    for direction in ("forward", "backward"):
+        for seqlen in map(int, arguments.seqlens.split(",")):
+            for causal in (False, True):
+                cell = measure(seqlen, causal, direction, arguments.threads, arguments.rounds)
+                cells.append(cell)
+                speeds = "  ".join(f"{name} {speed:6.1f}" for name, speed in cell["gflops"].items())
+                mask = "causal" if causal else "full"
+                print(
+                    f"{direction:8} {seqlen:6} {mask:6}  {speeds} GFLOP/s  ratio {cell.get('ratio', np.nan):.2f}",
+                    flush=True,
+                )
+        means[direction] = common.geometric_mean(
+            c["ratio"] for c in cells if c["direction"] == direction and "ratio" in c
+        )
+        print(f"{direction}: geometric mean of the ratios {means[direction]:.3f}")
+    meta = common.metadata() | {"cpu": cpu_name(), "threads": arguments.threads}
+    result = {"meta": meta, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "ratios": means, "cells": cells}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
