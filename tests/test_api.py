@@ -346,6 +346,8 @@ class HostKernels:
         return pointed_at(ptr, (problem.batch, heads, seqlen, columns), strides, problem.dtype)
 
     def lse(self, problem: Problem, ptr: int, strides: tuple[int, ...]) -> Array:
+        if ptr == 0:  # nobody wants it
+            return np.empty((problem.batch, problem.heads, problem.seqlen_q)[problem.varlen :], problem.lse_dtype)
         if problem.varlen:
             return pointed_at(ptr, (problem.heads, problem.total_q), strides[1:], problem.lse_dtype)
         return pointed_at(ptr, (problem.batch, problem.heads, problem.seqlen_q), strides, problem.lse_dtype)
