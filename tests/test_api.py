@@ -346,11 +346,12 @@ class HostKernels:
         return pointed_at(ptr, (problem.batch, heads, seqlen, columns), strides, problem.dtype)
 
     def lse(self, problem: Problem, ptr: int, strides: tuple[int, ...]) -> Array:
-        if ptr == 0:  # nobody wants it
-            return np.empty((problem.batch, problem.heads, problem.seqlen_q)[problem.varlen :], problem.lse_dtype)
+        shape: tuple[int, ...] = (problem.batch, problem.heads, problem.seqlen_q)
         if problem.varlen:
-            return pointed_at(ptr, (problem.heads, problem.total_q), strides[1:], problem.lse_dtype)
-        return pointed_at(ptr, (problem.batch, problem.heads, problem.seqlen_q), strides, problem.lse_dtype)
+            shape, strides = (problem.heads, problem.total_q), strides[1:]
+        if ptr == 0:  # nobody wants it
+            return np.empty(shape, problem.lse_dtype)
+        return pointed_at(ptr, shape, strides, problem.lse_dtype)
 
     def rest(self, problem: Problem, alibi: int, cu_seqlens_q: int, cu_seqlens_k: int) -> dict[str, Any]:
         given: dict[str, Any] = {}
