@@ -381,7 +381,8 @@ def fuzz(trials: Iterator[Trial], seconds: float, margin: float) -> tuple[Counte
             print(f"refused: {error}\n    {trial}", flush=True)
         except Exception as error:  # whatever is wrong is a finding
             ended["failed"] += 1
-            print(f"FAILED: {type(error).__name__}: {error}\n    {trial}", flush=True)
+            rule = "" if margin == MARGIN else f" --margin {margin:g}"
+            print(f"FAILED: {type(error).__name__}: {error}\n    {trial}{rule}", flush=True)
             if ended["failed"] >= MOST_FAILURES or (trial.backend == "cuda" and _lost()):
                 print("giving up")
                 break
