@@ -23,6 +23,7 @@ the query heads that share a K/V head stand below each other in one tile.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import os
 import sys
@@ -36,7 +37,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from numpy.linalg import _umath_linalg
 
 from anyattn.dropout import keep_mask
 from anyattn.problem import BackwardProblem, Problem
@@ -85,10 +85,8 @@ def forward(
         return
     job = _Job(problem, seed, _thread_count(problem))
     groups = list(_groups(job, (q, out, lse), (k, v), alibi, cu_seqlens_q, cu_seqlens_k, _HEADS))
-    # Long sequences are cut into more parts than threads, of which the faster threads then take more.
-    parts = max(
-        job.parts(len(groups)), min(-(-4 * job.threads // max(len(groups), 1)), problem.seqlen_q // (4 * _ROWS))
-    )
+    # Long sequences are cut into four tasks a thread, so that a thread that ends early finds another one.
+    parts = max(job.parts(len(groups)), min(4 * job.threads // len(groups), problem.seqlen_q // (4 * _ROWS)))
     _run([partial(_forward, job, group, part, parts) for group in groups for part in range(parts)], job)
 
 
@@ -146,11 +144,6 @@ class _Band(NamedTuple):
     @property
     def offset(self) -> int:
         return self.seqlen_k - self.seqlen_q
-
-    @property
-    def width(self) -> int:
-        """The keys a row sees at most."""
-        return min(self.left + self.right + 1, self.seqlen_k)
 
     def keys(self, rows: range) -> range:
         """The keys that some of these rows see."""
@@ -289,9 +282,9 @@ class _Job:
         share = -(-problem.heads_kv * problem.batch // self.threads)
         return max(min(max(_TILE // scores, most), _KEPT_BYTES // kept, share), 1)
 
-    def members_at_once(self, rows: range, longest: int) -> list[slice]:
+    def members_at_once(self, rows: range) -> list[slice]:
         """The query heads of a K/V head that stand below each other in a tile; more than one only in short blocks."""
-        return _pieces(self.members, longest // len(rows) if len(rows) <= _EDGE else 1)
+        return _pieces(self.members, _ROWS // len(rows) if len(rows) <= _EDGE else 1)
 
     def parts(self, groups: int) -> int:
         """Into how many parts to cut the work of each group of heads, for every thread to have a share."""
@@ -333,14 +326,18 @@ class _Tile(NamedTuple):
         """Overwrite what is not visible; tell whether there may be any."""
         return self.group.band.hide(x, self.rows, self.keys, value)
 
-    def drop(self, x: Array) -> None:
-        """Zero what dropout drops."""
+    def kept(self) -> npt.NDArray[np.bool_] | None:
+        """What dropout keeps; None when there is no dropout."""
         job, group = self.job, self.group
-        if job.problem.dropout:
-            for n, h, m in np.ndindex(*group.by_key[0].shape[:2], x.shape[1]):
-                head = (group.head + h) * job.members + self.members.start + m
-                keep = keep_mask(job.seed, job.problem.dropout, group.sequence + n, head, self.rows, self.keys)
-                _unfold(x, group)[n, h, m] *= keep
+        if not job.problem.dropout:
+            return None
+        sequences, heads = group.by_key[0].shape[:2]
+        members = range(*self.members.indices(job.members))
+        keep = np.empty((sequences, heads, len(members), len(self.rows), len(self.keys)), np.bool_)
+        for n, h, m in np.ndindex(*keep.shape[:3]):
+            head = (group.head + h) * job.members + members[m]
+            keep[n, h, m] = keep_mask(job.seed, job.problem.dropout, group.sequence + n, head, self.rows, self.keys)
+        return keep.reshape(-1, *keep.shape[2:])
 
     def visible(self) -> Iterator[tuple[int, slice]]:
         """For each row, its index and the keys it sees, counted inside the tile."""
@@ -367,7 +364,7 @@ def _forward(job: _Job, group: _Group, part: int, parts: int, ws: _Workspace) ->
     _widen(k.swapaxes(2, 3), _unfold(k_t[:, :-1], group))
     k_t[:, -1] = 1.0
     for rows in blocks:
-        for members in job.members_at_once(rows, _ROWS):
+        for members in job.members_at_once(rows):
             _forward_block(job, group, members, rows, k_t, seen.start, ws)
 
 
@@ -422,7 +419,9 @@ def _forward_block(
             o[:, :, here] *= job.exp(-rise)[..., None]
         total[:, :, here] += row_sums.reshape(p.shape[:-1])
 
-        tile.drop(p)
+        keep = tile.kept()
+        if keep is not None:
+            p *= keep
         pv = ws("pv", count, taken, len(some), head_dim_v)
         np.matmul(p_flat, v_tile, out=pv.reshape(flat))
         if masked and not np.isfinite(pv).all():  # 0 * inf: the products again, of what each row sees
@@ -461,6 +460,7 @@ def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
         slopes = group.slopes[:, :, block.members].reshape(*score.shape[:2], 1)
         score[:, :, :before] += slopes * distance.astype(q.dtype)
     score[:, :, :before][..., -distance > band.right] = 0.0
+    score[~np.isfinite(score)] = 0.0  # an infinite score decides for itself
     return score
 
 
@@ -484,7 +484,7 @@ def _backward(job: _Job, group: _Group, part: int, shares: list[_Share | None], 
     dk_sum[...] = dv_sum[...] = 0.0
 
     for rows in _evenly(range(group.band.seqlen_q), _ROWS)[part :: len(shares)]:
-        for members in job.members_at_once(rows, _ROWS):
+        for members in job.members_at_once(rows):
             _backward_block(job, group, members, rows, dk_sum, dv_sum, ws)
 
     with job.lock:
@@ -545,8 +545,9 @@ def _backward_block(
         job.exp(p, out=p)
 
         np.matmul(dout_flat, v_tile.swapaxes(1, 2), out=ds_flat)
-        if problem.dropout:
-            tile.drop(ds)
+        keep = tile.kept()
+        if keep is not None:
+            ds *= keep
             ds *= job.kept
             ds -= dots[:, :, here, None]
         ds *= p
@@ -555,7 +556,8 @@ def _backward_block(
             ds *= np.subtract(1.0, tanh, out=tanh)
         if masked:
             tile.hide(ds, 0.0)
-        tile.drop(p)
+        if keep is not None:
+            p *= keep
 
         dq_tile = ws("dq", count, taken, len(some), head_dim)
         dk_tile, dv_tile = ws("dk", count, len(keys), head_dim), ws("dv", count, len(keys), head_dim_v)
@@ -572,7 +574,7 @@ def _backward_block(
         dq_sum[:, :, here] += dq_tile
         dk_tile *= problem.softcap or 1.0 / job.unit  # scale / gain
         dk_sum[:, :, keys.start : keys.stop] += _unfold(dk_tile, group)
-        if problem.dropout:
+        if keep is not None:
             dv_tile *= job.kept
         dv_sum[:, :, keys.start : keys.stop] += _unfold(dv_tile, group)
 
@@ -690,8 +692,11 @@ class _OpenBLAS(NamedTuple):
 def _openblas() -> _OpenBLAS | None:
     """The thread controls of the OpenBLAS that NumPy uses; None when it uses another library."""
     package = Path(np.__file__).parent
-    bundled = [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]
-    for path in [Path(_umath_linalg.__file__), *bundled]:  # the symbols of an extension's own dependencies count
+    paths = [*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")]
+    extension = importlib.util.find_spec("numpy.linalg._umath_linalg")
+    if extension and extension.origin:
+        paths.append(Path(extension.origin))  # on Linux and macOS its dependencies' symbols are found through it
+    for path in paths:
         try:
             library = ctypes.CDLL(str(path))
         except OSError:
