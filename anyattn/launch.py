@@ -35,8 +35,8 @@ PARAMS = np.dtype(
         *((name, np.int64) for name in ("lse_batch", "lse_head", "lse_row", "alibi_batch", "alibi_head")),
         *((name, np.float64) for name in ("scale", "softcap", "keep_scale")),
         ("drop_below", np.uint32),
-        *((name, np.int32) for name in ("batch", "heads", "group", "seqlen_q", "seqlen_k", "total_q", "total_k")),
-        *((name, np.int32) for name in ("left", "right", "row_blocks", "key_blocks")),
+        *((name, np.int32) for name in ("batch", "heads", "heads_kv", "group", "seqlen_q", "seqlen_k")),
+        *((name, np.int32) for name in ("total_q", "total_k", "left", "right", "row_blocks", "key_blocks")),
     ],
     align=True,
 )
@@ -99,21 +99,23 @@ def available() -> str | None:
         )
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-        driver = cupy.cuda.runtime.driverGetVersion()
     except Exception as error:  # CuPy raises its own class, which exists only where its libraries load
         return f"no NVIDIA GPU is usable here ({error})"
     if count == 0:
         return "there is no NVIDIA GPU here"
     try:
         device(0)
-        return compiler.driver_problem(driver)
     except (compiler.CompileError, UnsupportedError) as error:
         return str(error)
+    return None
 
 
 @functools.cache
 def device(ordinal: int) -> Device:
-    """What plan needs to know of a GPU. Raises UnsupportedError when it is older than sm_80."""
+    """What plan needs to know of a GPU.
+
+    Raises UnsupportedError when it is older than sm_80, or when its driver cannot load what NVRTC here builds.
+    """
     try:
         properties = _runtime().getDeviceProperties(ordinal)
     except ImportError:
@@ -124,6 +126,8 @@ def device(ordinal: int) -> Device:
             f"GPU {ordinal} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer: "
             "use backend='cpu' on host arrays"
         )
+    if reason := compiler.driver_problem(_runtime().driverGetVersion()):
+        raise UnsupportedError(reason)
     arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
     return Device(arch, properties["sharedMemPerBlockOptin"])
 
@@ -153,9 +157,9 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
         params[f"{name}_strides"] = getattr(problem, f"{name}_strides")
     params["lse_batch"], params["lse_head"], params["lse_row"] = problem.lse_strides
     params["alibi_batch"], params["alibi_head"] = problem.alibi_strides
-    for name in ("scale", "softcap", "batch", "heads", "seqlen_q", "seqlen_k", "total_q", "total_k"):
+    for name in ("scale", "softcap", "batch", "heads", "heads_kv", "seqlen_q", "seqlen_k", "total_q", "total_k"):
         params[name] = getattr(problem, name)
-    params["group"] = problem.heads // problem.heads_kv
+    params["group"] = problem.heads // max(1, problem.heads_kv)
     params["left"], params["right"] = (min(side, 2**30 - 1) for side in (problem.left, problem.right))
     params["keep_scale"] = 1.0 / (1.0 - problem.dropout)
     params["drop_below"] = int(problem.dropout * 2**32)

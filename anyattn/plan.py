@@ -214,7 +214,7 @@ def _problem_constants(problem: Problem, align: int) -> dict[str, int | bool | s
         "ALIBI": problem.alibi,
         "SOFTCAP": problem.softcap > 0,
         "DROPOUT": problem.dropout > 0,
-        "SIGNED_SCALE": problem.scale <= 0,
+        "SIGNED_SCALE": problem.scale < 2.0**-126,  # negative, zero or below what a float32 holds
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -176,17 +177,16 @@ def _gpu_view(name: str, x: Any, stream: int) -> Any:
     return cupy.ndarray(view.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
 
+_lock = threading.Lock()
 _in_flight: deque[tuple[Any, Any]] = deque()  # (event, arrays that the work before it reads)
 
 
 def _hold_until_done(event: Any, arrays: Any) -> None:
     """Keep other libraries' arrays alive while kernels read them: their allocators don't know of CuPy's stream."""
-    _in_flight.append((event, arrays))
-    for _ in range(len(_in_flight)):
-        first = _in_flight.popleft()
-        if not first[0].done:
-            _in_flight.appendleft(first)
-            break
+    with _lock:
+        _in_flight.append((event, arrays))
+        while _in_flight and _in_flight[0][0].done:
+            _in_flight.popleft()
 
 
 def _from_dlpack(kind: type) -> Callable[[Any], Any] | None:

@@ -46,7 +46,8 @@ struct Turn {
 
   __device__ __forceinline__ void wait() const {
     if (threadIdx.x == 0)
-      while (load_acquire(ticket) != order) __nanosleep(64);
+      while (load_acquire(ticket) < order)
+        __nanosleep(64);  // wrong lengths may share a ticket: never wait for equality
     __syncthreads();
   }
   __device__ __forceinline__ void pass() const {
@@ -83,11 +84,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
   const unsigned stages = ds_smem.base + P_BYTES;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
-  // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks: ascending order
-  // serves both.
+  // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks, which the
+  // hardware starts first: ascending order serves both.
   const int block_n = blockIdx.x % p.key_blocks;
-  const int head_kv = blockIdx.x / p.key_blocks % (p.heads / p.group),
-            batch = blockIdx.x / p.key_blocks / (p.heads / p.group);
+  const int head_kv = blockIdx.x / p.key_blocks % p.heads_kv, batch = blockIdx.x / p.key_blocks / p.heads_kv;
   const Sequence sequence(p, batch);
   const int first_key = block_n * BLOCK_N;
   if (first_key >= sequence.seqlen_k) return;
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
       gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem, s_row),
                                  SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
 
-      // Rows past the end are all zeros, dO and delta too: whatever their P, they add nothing.
+      // Rows past the end, and rows that see nothing, get an LSE of +inf: their P is 0.
       Accum lse_rmem[M][2], delta_rmem[M][2];
 #pragma unroll
       for (int i = 0; i < 2 * M; ++i) {
@@ -172,9 +172,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
         Accum& lse = lse_rmem[i / 2][i % 2];
         load_shared(lse, from);
         load_shared(delta_rmem[i / 2][i % 2], from + BLOCK_M * int(sizeof(Accum)));
-        lse = lse == minus_infinity<Accum>()
-                  ? -lse
-                  : lse * static_cast<Accum>(LOG2E);  // a row that sees nothing: exp2(s - inf) = 0
+        const bool absent = lse == minus_infinity<Accum>() || row0 + 8 * i >= sequence.seqlen_q;
+        lse = absent ? -minus_infinity<Accum>() : lse * static_cast<Accum>(LOG2E);
       }
       const Dropout dropout(p, batch, step.head);
 #pragma unroll

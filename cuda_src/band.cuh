@@ -26,7 +26,7 @@ struct Band {
     }
   }
 
-  // Both ends only grow from row to row.  Keys seen by some row, and by all rows, of [first, last]:
+  // Both ends only grow from row to row.  Whether all rows of [first, last] see all of these keys:
   __device__ __forceinline__ bool all_see(int first, int last, int key_begin, int key_end) const {
     return key_begin >= low(last) && key_end <= high(first);
   }

@@ -11,23 +11,20 @@ struct bfloat16 {
 template <class E>
 struct Traits {  // 16-bit
   using Accum = float;
-  using Word = unsigned;                 // two elements
-  static constexpr int K_STEP = 16;      // depth of one tensor-core product, in elements
-  static constexpr int ALIGN_COLS = 16;  // tiles are padded to whole products
+  using Word = unsigned;             // two elements
+  static constexpr int K_STEP = 16;  // depth of one tensor-core product, in elements
 };
 template <>
 struct Traits<float> {
   using Accum = float;
   using Word = float;
   static constexpr int K_STEP = 8;
-  static constexpr int ALIGN_COLS = 16;
 };
 template <>
 struct Traits<double> {
   using Accum = double;
   using Word = double;
   static constexpr int K_STEP = 8;
-  static constexpr int ALIGN_COLS = 16;
 };
 
 template <class E>
@@ -52,14 +49,6 @@ __device__ __forceinline__ float widen(float16 x) {
 __device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-
-template <class E>
-__device__ __forceinline__ E narrow(typename Traits<E>::Accum x) {
-  if constexpr (IS_16BIT<E>)
-    return E{static_cast<unsigned short>(pack(x, 0.f, E{}))};
-  else
-    return x;
-}
 
 // 2^x: one instruction for floats (relative error 2^-22), the library's for doubles.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -124,10 +124,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   for (int i = 0; i < 2 * M; ++i) {
     const int m = i / 2, half = i % 2, row = row0 + 16 * m + 8 * half;
     const Accum l = softmax.total(m, half);
-    const Accum inverse = l > 0 ? static_cast<Accum>(p.keep_scale) / l : 0;
+    const Accum inverse = l == 0 ? 0 : static_cast<Accum>(p.keep_scale) / l;  // l is NaN if the row's scores are
     if (p.lse != nullptr && lane % 4 == 0 && part == 0 && row < sequence.seqlen_q)
       lse[row * p.lse_row] =
-          l > 0 ? (softmax.m[m][half] * score.factor + log2(l)) * static_cast<Accum>(LN2) : minus_infinity<Accum>();
+          l == 0 ? minus_infinity<Accum>() : (softmax.m[m][half] * score.factor + log2(l)) * static_cast<Accum>(LN2);
 #pragma unroll
     for (int n = 0; n < N_OUT; ++n)
       o_smem.store_pair(row - first_row, part * (DV / V_PARTS) + lane % 4 * 2 + 8 * n, o[m][n][2 * half] * inverse,

@@ -19,7 +19,7 @@ struct Params {
   long long alibi_batch, alibi_head;
   double scale, softcap, keep_scale;  // keep_scale = 1 / (1 - dropout)
   unsigned drop_below;                // an entry is dropped if its 32 random bits are less
-  int batch, heads, group;            // group = query heads for each head of K and V
+  int batch, heads, heads_kv, group;  // group = query heads for each head of K and V
   int seqlen_q, seqlen_k;             // varlen: the longest
   int total_q, total_k;               // varlen: rows in all
   int left, right;                    // the window
