@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anyattn.dropout import keep_mask
-from anyattn.problem import BackwardProblem, Problem
+from anyattn.problem import UNBOUNDED, BackwardProblem, Problem
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -174,6 +174,8 @@ class _Band(NamedTuple):
 
     def hide(self, tile: Array, rows: range, keys: range, value: float) -> bool:
         """Overwrite the entries of a (..., rows, keys) tile that are not visible; tell whether there may be any."""
+        if min(self.left, self.right) >= UNBOUNDED:
+            return False
         common = self.common_keys(rows)
         before = range(keys.start, min(keys.stop, common.start))
         after = range(max(keys.start, common.stop), keys.stop)
@@ -475,10 +477,10 @@ def _backward(job: _Job, group: _Group, part: int, shares: list[_Share | None], 
     The part that ends last adds up the shares, in their order, so that no sum depends on the threads' timing.
     """
     dk, dv = group.by_key[2:]
-    if len(shares) > 1:
-        dk_sum, dv_sum = np.empty(dk.shape, job.compute), np.empty(dv.shape, job.compute)
-    elif dk.dtype == job.compute:
+    if part == 0 and dk.dtype == job.compute:
         dk_sum, dv_sum = dk, dv
+    elif len(shares) > 1:
+        dk_sum, dv_sum = np.empty(dk.shape, job.compute), np.empty(dv.shape, job.compute)
     else:
         dk_sum, dv_sum = ws("dk_sum", *dk.shape), ws("dv_sum", *dv.shape)
     dk_sum[...] = dv_sum[...] = 0.0
