@@ -322,10 +322,27 @@ def judge(trial: Trial, inputs: Inputs, results: Results, margin: float) -> bool
             other = replace(trial, seed=seed).inputs()
             for name, bound in tolerances(case, dtype, other, expected(case, other)).items():
                 bounds[name] = max(bounds[name], bound)
-        if any(found[name] > margin * bounds[name] for name in found):
+        slack = dict.fromkeys(found, 0.0) | {
+            name: rounding_of_scores(trial, inputs, name) for name in ("dq", "dk", "dv")
+        }
+        if any(found[name] > margin * bounds[name] + slack[name] for name in found):
             raise
         return False
     return True
+
+
+def rounding_of_scores(trial: Trial, inputs: Inputs, name: str) -> float:
+    """What a gradient may be off because the backward pass computes the scores anew, rounded in another order.
+
+    The plain yardstick uses one set of scores throughout. Probabilities change by the scores' error, at the most a unit
+    roundoff of |scale| |q| |k|; it matters with large scores and few visible keys.
+    """
+    if not inputs.q.size or not inputs.k.size:
+        return 0.0
+    q, k = (np.linalg.norm(x.astype(np.float64), axis=-1).max() for x in (inputs.q, inputs.k))
+    scale = abs(trial.case.scale) if trial.case.scale is not None else trial.case.head_dim**-0.5
+    size = float(np.abs(getattr(expected(trial.case, inputs), name)).max(initial=0.0))
+    return float(np.finfo("float64" if trial.dtype == "float64" else "float32").epsneg * scale * q * k * size)
 
 
 def run(trial: Trial, margin: float = MARGIN) -> bool:
