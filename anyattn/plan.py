@@ -58,6 +58,7 @@ class Plan:
     delta_bytes: int = 0  # parts of the workspace, one after another
     dq_accum_bytes: int = 0
     ticket_bytes: int = 0
+    refused: tuple[tuple[str, str], ...] = ()  # better families of kernels that don't take this call, and why
 
     @property
     def workspace_bytes(self) -> int:
