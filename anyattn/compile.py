@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -21,6 +20,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from anyattn.log import log
 
 __all__ = ["CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version"]
 
@@ -34,8 +35,6 @@ INSTALL = (
 )
 
 OLDEST_NVRTC = (12, 1)  # the first that knows red.global.add.v2.f32 (PTX ISA 8.1)
-
-_log = logging.getLogger("anyattn")
 
 
 class CompileError(RuntimeError):
@@ -105,13 +104,14 @@ def cubin(spec: Spec) -> Cubin:
     if found := _load(folder, key):
         return found
     start = time.perf_counter()
-    code, log = _compile(spec)
+    code, messages = _compile(spec)
     seconds = time.perf_counter() - start
+    log.info("compiled %s for %s in %.2f s: %s", spec.source, spec.arch, seconds, dict(spec.constants))
     try:
-        path = _store(folder, key, code, log)
+        path = _store(folder, key, code, messages)
     except OSError as error:
-        path = _store(_temporary_cache(f"{folder}: {error.strerror}"), key, code, log)
-    return Cubin(path, log, seconds)
+        path = _store(_temporary_cache(f"{folder}: {error.strerror}"), key, code, messages)
+    return Cubin(path, messages, seconds)
 
 
 def cache_dir() -> Path:
@@ -209,9 +209,9 @@ def _compile(spec: Spec) -> tuple[bytes, str]:
         raise CompileError(_too_old("these kernels"))
     source = (_source_dir() / spec.source).read_text(encoding="utf-8")
     options = ProgramOptions(name=spec.source, arch=spec.arch, include_path=str(_source_dir()), **OPTIONS)
-    log = io.StringIO()
+    messages = io.StringIO()
     try:
-        built = Program(spec.text() + source, "c++", options).compile("cubin", logs=log)
+        built = Program(spec.text() + source, "c++", options).compile("cubin", logs=messages)
     except (
         Exception
     ) as error:  # cuda.core's own class moved between its versions; every one of them means the same here
@@ -219,7 +219,7 @@ def _compile(spec: Spec) -> tuple[bytes, str]:
             raise CompileError(_too_old(spec.arch)) from error
         version = "{}.{}".format(*nvrtc_version())
         raise CompileError(f"NVRTC {version} could not compile {spec.source} for {spec.arch}:\n{error}") from error
-    return bytes(built.code), log.getvalue().strip("\0\n")
+    return bytes(built.code), messages.getvalue().strip("\0\n")
 
 
 # The cache holds two files an entry: KEY.json says which cubin belongs to the key and keeps the compiler's log; the
@@ -264,7 +264,7 @@ def _temporary_cache(reason: str) -> Path:
     """A private folder that lives as long as the process."""
     folder = tempfile.mkdtemp(prefix="anyattn-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    _log.warning(
+    log.warning(
         "the kernel cache is not writable (%s): kernels go to %s and are built anew by every process. "
         "Set ANYATTN_CACHE to a folder that is.",
         reason,

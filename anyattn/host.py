@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from anyattn.log import info_once
 from anyattn.problem import BackwardProblem, Problem, View, packed
 from anyattn.problem import backward as backward_problem
 
@@ -47,6 +48,7 @@ def forward(
     if not _on_gpu(problem, backend, 1.0):
         from anyattn import cpu
 
+        info_once("first use of anyattn.cpu.forward")
         arrays = [*(_canonical(problem, x) for x in (q, k, v, out)), _canonical_lse(problem, lse)]
         cpu.forward(
             problem, *arrays, alibi=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed
@@ -89,6 +91,7 @@ def backward(
     if not _on_gpu(problem, backend, _BACKWARD):
         from anyattn import cpu
 
+        info_once("first use of anyattn.cpu.backward")
         dout, q, k, v, out, dq, dk, dv = (_canonical(problem, x) for x in (dout, q, k, v, out, dq, dk, dv))
         arrays = (dout, q, k, v, out, _canonical_lse(problem, lse), dq, dk, dv)
         cpu.backward(
@@ -113,25 +116,42 @@ def backward(
         there.get(out=here)
 
 
-def _on_gpu(problem: Problem, backend: str, work: float) -> bool:
-    if backend == "cpu" or (backend == "auto" and not _repays(problem, work)):
-        return False
+def route(problem: Problem, backend: str, work: float) -> tuple[bool, str]:
+    """Whether a call on host arrays runs on a GPU, and why; `work`: its arithmetic over that of the forward pass.
+
+    Raises UnsupportedError when backend is "cuda" and there is no usable GPU.
+    """
+    if backend == "cpu":
+        return False, "backend='cpu'"
+    if backend == "auto":
+        on_gpu, on_cpu = _estimate(problem, work)
+        times = f"a GPU would take about {on_gpu * 1e3:.2g} ms, copies included, the CPU {on_cpu * 1e3:.2g} ms"
+        if on_gpu >= on_cpu:
+            return False, f"arrays in host memory, and too little work: {times}"
     from anyattn import launch
 
     reason = launch.available()
-    if reason is not None and backend == "cuda":
+    if reason is None:
+        return True, "backend='cuda'" if backend == "cuda" else f"arrays in host memory, but enough work: {times}"
+    if backend == "cuda":
         raise launch.UnsupportedError(f"backend='cuda': {reason}")
-    return reason is None
+    why = f"there is enough work for a GPU, but {reason}"
+    info_once(f"on the CPU: {why}")
+    return False, why
 
 
-def _repays(problem: Problem, work: float) -> bool:
-    """Whether a GPU would be faster, copies included; its kernels are taken as compiled."""
+def _on_gpu(problem: Problem, backend: str, work: float) -> bool:
+    return route(problem, backend, work)[0]
+
+
+def _estimate(problem: Problem, work: float) -> tuple[float, float]:
+    """Seconds on a GPU, copies included, and on the CPU; the kernels are taken as compiled."""
     keys = min(problem.seqlen_k, problem.left + 1 + problem.right)
     rows = problem.total_q if problem.varlen else problem.batch * problem.seqlen_q
     flops = work * 2 * problem.heads * rows * keys * (problem.head_dim + problem.head_dim_v)
     elements = sum(prod(shape) for shape in (problem.q_shape, problem.k_shape, problem.v_shape, problem.out_shape))
     on_gpu = _OVERHEAD + work * elements * problem.itemsize / _COPY + flops / _GPU[problem.dtype]
-    return on_gpu < flops / (_CORE[problem.dtype] * (os.cpu_count() or 1))
+    return on_gpu, flops / (_CORE[problem.dtype] * (os.cpu_count() or 1))
 
 
 def _canonical(problem: Problem, x: Array) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 
 from anyattn import compile as compiler
 from anyattn import plan
+from anyattn.log import info_once, log
 from anyattn.plan import Device, Plan, UnsupportedError
 from anyattn.problem import BackwardProblem, Problem
 
@@ -168,6 +169,8 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
 
 
 def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _Prepared:
+    for family, reason in chosen.refused:
+        info_once(f"not the {family} kernels: {reason}")
     launches = tuple(
         (
             _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device),
@@ -189,6 +192,7 @@ def _function(path: str, name: str, shared_bytes: int, ordinal: int) -> Any:
         kernel = cupy.RawModule(path=path).get_function(name)
         if shared_bytes > 48 << 10:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
+        log.info("first use of %s on cuda:%d, %d bytes of shared memory, from %s", name, ordinal, shared_bytes, path)
         return kernel.kernel  # its cupy.cuda.Function: a third less to do for a launch
 
 
