@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ INSTALL = (
 )
 
 OLDEST_NVRTC = (12, 1)  # the first that knows red.global.add.v2.f32 (PTX ISA 8.1)
+
+_importing = threading.Lock()  # cuda.core is no module to import twice at once: the second thread sees it half made
 
 
 class CompileError(RuntimeError):
@@ -200,7 +203,8 @@ def _key(spec: Spec) -> str:
 
 def _compile(spec: Spec) -> tuple[bytes, str]:
     try:
-        from cuda.core import Program, ProgramOptions
+        with _importing:
+            from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise CompileError(
             f"compiling a kernel needs cuda.core and cuda.bindings ({error}). Install them: {INSTALL}"

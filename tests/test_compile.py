@@ -261,6 +261,21 @@ def test_missing_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
         compiler.cubin(SPEC)
 
 
+def test_many_threads_at_once_in_a_new_process(sources: Path, tmp_path: Path) -> None:
+    """None sees cuda.core half imported."""
+    program = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path\n"
+        "from anyattn import compile\n"
+        f"compile._source_dir = lambda: Path({str(sources)!r})\n"
+        "sys.setswitchinterval(1e-5)\n"
+        "specs = [compile.Spec('toy.cu', 'sm_80', (('N', 32 * n),)) for n in range(1, 9)]\n"
+        "print(len({built.path for built in ThreadPoolExecutor(8).map(compile.cubin, specs)}))\n"
+    )
+    environment = {**os.environ, "ANYATTN_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "8\n"
+
+
 def test_driver_of_an_older_major_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: (13, 5))
     assert compiler.driver_problem(13000) is None
