@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 # In a checkout backends/ and cuda_src/ stand beside this folder, in an installation inside it.
 __path__ += [str(p.parent) for p in [Path(__file__).resolve().parent] if not (p / "backends").is_dir()]
 
-from anyattn.api import attention, attention_backward, attention_varlen, attention_vjp  # noqa: E402
+from anyattn.api import attention, attention_backward, attention_varlen, attention_vjp, explain  # noqa: E402
 
 if TYPE_CHECKING:
     from anyattn.compile import CompileError
@@ -25,6 +25,7 @@ __all__ = [
     "attention_backward",
     "attention_varlen",
     "attention_vjp",
+    "explain",
 ]
 
 

@@ -36,11 +36,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anyattn.problem import Options, check_dropout, check_seed
 
-__all__ = ["attention", "attention_backward", "attention_varlen", "attention_vjp"]
+if TYPE_CHECKING:
+    from anyattn.explanation import Explanation
+
+__all__ = ["attention", "attention_backward", "attention_varlen", "attention_vjp", "explain"]
 
 Window = int | tuple[int | None, int | None] | None
 
@@ -267,6 +270,61 @@ def attention_vjp(
         return attention_backward(dout, q, k, v, out, lse, **packing, **same)
 
     return ((out, lse) if return_lse else out), pullback
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: Window = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Explanation:
+    """Which kernels :func:`attention` takes with these arguments, and why: ``print(anyattn.explain(q, k, v))``.
+
+    Nothing is computed and no array is read but ``cu_seqlens_*`` in host memory. Kernels that the cache lacks are
+    compiled, for their registers. The arguments are those of :func:`attention`, or with ``cu_seqlens_*`` and
+    ``max_seqlen_*`` those of :func:`attention_varlen`; return_lse and the seed's value make no difference.
+
+    Returns:
+        An :class:`anyattn.explanation.Explanation`: for the forward and for the backward pass the device and why it is
+        this one, the kernels in order (tile, thread blocks, threads, registers, spilled and shared bytes), the
+        workspace, the better kernels that don't take the call and why. ``str()`` of it is a report.
+
+    Raises:
+        TypeError, ValueError: as the call would. That no kernel takes the call is not raised but told.
+    """
+    adapter = _ADAPTERS.get(type(q)) or _adapter(q)
+    if seed is not None:
+        check_seed(seed)
+    if backend not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    problem = adapter.describe(
+        q,
+        k,
+        v,
+        Options(causal, _pair(window), scale, softcap, dropout, layout, deterministic),
+        *(tuple(packing.values()) or (None, None, 0, 0)),
+        alibi_slopes=alibi_slopes,
+        backend=backend,
+    )
+    from anyattn import explanation
+
+    return explanation.explain(problem, backend)
 
 
 def _packing(

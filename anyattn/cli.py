@@ -11,11 +11,12 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import anyattn
-from anyattn import launch, plan
+from anyattn import explanation, launch, plan
 from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -37,9 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help="run every array library found, and check it against the reference")
     command.set_defaults(run=lambda options: demo())
 
-    command = commands.add_parser("info", help="versions, GPUs, cache folder")
+    command = commands.add_parser("info", help="versions, GPUs, cache folder; with --call, which kernels a call takes")
     command.add_argument("--json", action="store_true", help="for programs")
-    command.set_defaults(run=lambda options: info(as_json=options.json))
+    command.add_argument("--call", metavar="B,S,H,D,...", help="the kernels that a call takes, and why; see below")
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.epilog = f"CALL is {explanation.SYNTAX}"
+    command.set_defaults(run=lambda options: info(options.json, options.call))
 
     command = commands.add_parser("compile", help="build the default kernels into the cache; needs no GPU")
     command.add_argument(
@@ -66,8 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------------------------- info
 
 
-def info(as_json: bool = False) -> int:
-    """Prints what a bug report needs."""
+def info(as_json: bool = False, call: str | None = None) -> int:
+    """Prints what a bug report needs, or which kernels a call takes. Returns 2 for what is no call."""
+    if call is not None:
+        try:
+            explained = explanation.explain(*explanation.parse(call))
+        except (TypeError, ValueError) as error:
+            print(f"anyattn: {error}", file=sys.stderr)
+            return 2
+        print(json.dumps(asdict(explained), indent=2) if as_json else explained)
+        return 0
     facts = gather()
     if as_json:
         print(json.dumps(facts, indent=2))

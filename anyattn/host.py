@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anyattn.log import info_once
-from anyattn.problem import BackwardProblem, Problem, View, packed
-from anyattn.problem import backward as backward_problem
+from anyattn.problem import BackwardProblem, Problem, contiguous_backward, packed
 
 Array = npt.NDArray[Any]
 
@@ -24,7 +23,7 @@ _CORE = {"float16": 4e10, "bfloat16": 4e10, "float32": 5e10, "float64": 2.5e10}
 _GPU = {"float16": 4e13, "bfloat16": 4e13, "float32": 1e13, "float64": 3e11}
 _COPY = 6e9  # bytes/s between pageable memory and a GPU
 _OVERHEAD = 2e-4  # seconds: allocations, launches and one wait
-_BACKWARD = 2.5  # backward arithmetic over forward
+BACKWARD_WORK = 2.5  # backward arithmetic over forward
 
 
 def forward(
@@ -88,7 +87,7 @@ def backward(
 ) -> None:
     """The gradients into the C-contiguous ``dq``, ``dk`` and ``dv``; done when it returns. Raises as forward()."""
     problem = bp.problem
-    if not _on_gpu(problem, backend, _BACKWARD):
+    if not _on_gpu(problem, backend, BACKWARD_WORK):
         from anyattn import cpu
 
         info_once("first use of anyattn.cpu.backward")
@@ -107,7 +106,7 @@ def backward(
         _upload(x) for x in (dout, q, k, v, out, lse, alibi, cu_seqlens_q, cu_seqlens_k)
     )
     wanted_gpu = [cupy.empty(x.shape, x.dtype) for x in (dq, dk, dv)]
-    on_gpu = _packed_backward(bp, given_gpu[0].data.device_id)
+    on_gpu = contiguous_backward(packed(problem, given_gpu[0].data.device_id))
     workspace = cupy.empty(launch.workspace_bytes(on_gpu), np.uint8)
     pointers = [x.data.ptr for x in (*given_gpu, *wanted_gpu, workspace)]
     pointers.append(cupy.cuda.get_current_stream().ptr)
@@ -162,17 +161,6 @@ def _canonical(problem: Problem, x: Array) -> Array:
 
 def _canonical_lse(problem: Problem, lse: Array) -> Array:
     return lse if problem.varlen else lse[(None,) * (3 - lse.ndim)]
-
-
-def _packed_backward(bp: BackwardProblem, device: int) -> BackwardProblem:
-    problem = packed(bp.problem, device)
-
-    def view(shape: tuple[int, ...], dtype: str) -> View:
-        strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        return View(0, shape, strides, dtype, device)
-
-    out = view(problem.out_shape, problem.dtype)
-    return backward_problem(problem, out, out, view(problem.lse_shape, problem.lse_dtype))
 
 
 def _upload(x: Array | None) -> Any:

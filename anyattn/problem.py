@@ -202,6 +202,17 @@ def backward(problem: Problem, dout: View, out: View, lse: View) -> BackwardProb
     return _backward(problem, dout[1:], dout[0] & 15, out[1:], out[0] & 15, lse[1:], lse[0] & 15)
 
 
+def contiguous_backward(problem: Problem) -> BackwardProblem:
+    """The backward problem of ``problem`` with contiguous, aligned dout, out and lse."""
+
+    def view(shape: tuple[int, ...], dtype: str) -> View:
+        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+        return View(0, shape, strides, dtype, problem.device)
+
+    out = view(problem.out_shape, problem.dtype)
+    return backward(problem, out, out, view(problem.lse_shape, problem.lse_dtype))
+
+
 def packed(problem: Problem, device: int) -> Problem:
     """The same call on C-contiguous copies of its arrays, in the same layout, on another device."""
     q, k, v = (_contiguous(shape, problem.axes) for shape in (problem.q_shape, problem.k_shape, problem.v_shape))

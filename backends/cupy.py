@@ -12,7 +12,7 @@ from cupy.cuda.runtime import getDevice
 from anyattn import launch, problem
 from anyattn.problem import Options, Problem, View, check_array, fresh_seed
 
-__all__ = ["attention", "attention_backward", "attention_varlen", "fresh_seed"]
+__all__ = ["attention", "attention_backward", "attention_varlen", "describe", "fresh_seed"]
 
 
 def attention(
@@ -61,12 +61,9 @@ def attention_backward(
     max_seqlen_k: int = 0,
 ) -> tuple[Any, Any, Any]:
     """``anyattn.attention_backward`` of CuPy arrays; asynchronous on the current stream."""
-    if cu_seqlens_q is None:
-        call = _dense(q, k, v, alibi_slopes, options)
-    else:
-        call = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, options)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = describe(q, k, v, options, *packing, alibi_slopes=alibi_slopes, backend=backend)
     bp = problem.backward(call, _view("dout", dout), _view("out", out), _view("lse", lse))
-    _refuse_cpu(call, backend)
     with Device(call.device):
         dq, dk, dv = (ndarray(shape, q.dtype) for shape in (bp.dq_shape, bp.dk_shape, bp.dv_shape))
         workspace = alloc(launch.workspace_bytes(bp))
@@ -74,6 +71,28 @@ def attention_backward(
         pointers += [workspace.ptr, get_current_stream().ptr]
         launch.backward(bp, *pointers, **_extras(alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed or 0))
     return dq, dk, dv
+
+
+def describe(
+    q: Any,
+    k: Any,
+    v: Any,
+    options: Options,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    alibi_slopes: Any,
+    backend: str,
+) -> Problem:
+    """The problem that a call would be; raises what the call would raise."""
+    if cu_seqlens_q is None:
+        call = _dense(q, k, v, alibi_slopes, options)
+    else:
+        call = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, options)
+    _refuse_cpu(call, backend)
+    return call
 
 
 def _forward(

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from anyattn.problem import Options, fresh_seed, place
+from anyattn.problem import Options, Problem, fresh_seed, place
 
-__all__ = ["Bridge", "attention", "attention_backward", "attention_varlen", "fresh_seed"]
+__all__ = ["Bridge", "attention", "attention_backward", "attention_varlen", "describe", "fresh_seed"]
 
 _HOST = (1, 3)  # DLDeviceType: kDLCPU, kDLCUDAHost
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -112,7 +112,33 @@ class Bridge:
         plain = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "options": options, "seed": seed}
         return self._run("attention_backward", arrays, **plain, backend=backend)
 
+    def describe(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        options: Options,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        alibi_slopes: Any,
+        backend: str,
+    ) -> Problem:
+        """The problem that a call would be; raises what the call would raise."""
+        arrays = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
+        arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        plain = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "options": options, "backend": backend}
+        described: Problem = self._results("describe", arrays, **plain)
+        return described
+
     def _run(self, function: str, arrays: dict[str, Any], **plain: Any) -> Any:
+        q, results = arrays["q"], self._results(function, arrays, **plain)
+        return tuple(self.returned(x, q) for x in results) if isinstance(results, tuple) else self.returned(results, q)
+
+    def _results(self, function: str, arrays: dict[str, Any], **plain: Any) -> Any:
+        """What NumPy's or CuPy's adapter returns."""
         q = arrays["q"]
         present = {name: x for name, x in arrays.items() if x is not None}
         for name, x in present.items():
@@ -122,12 +148,10 @@ class Bridge:
             if (there := _device(name, x)) != device:
                 raise ValueError(f"{name} must be on q's device, {place(device)}, got {place(there)}")
         if device >= 0:
-            results = _run_on_gpu(device, function, present, {**dict.fromkeys(arrays), **plain})
-        else:
-            views = {name: self.host_view(name, x) for name, x in present.items()}
-            adapter = importlib.import_module("anyattn.backends.numpy")
-            results = getattr(adapter, function)(**{**dict.fromkeys(arrays), **views, **plain})
-        return tuple(self.returned(x, q) for x in results) if isinstance(results, tuple) else self.returned(results, q)
+            return _run_on_gpu(device, function, present, {**dict.fromkeys(arrays), **plain})
+        views = {name: self.host_view(name, x) for name, x in present.items()}
+        adapter = importlib.import_module("anyattn.backends.numpy")
+        return getattr(adapter, function)(**{**dict.fromkeys(arrays), **views, **plain})
 
 
 def _device(name: str, x: Any) -> int:
@@ -208,3 +232,4 @@ _bridge = Bridge()
 attention = _bridge.attention
 attention_varlen = _bridge.attention_varlen
 attention_backward = _bridge.attention_backward
+describe = _bridge.describe

@@ -15,7 +15,7 @@ from anyattn.problem import check_array, fresh_seed
 
 from .dlpack import Bridge
 
-__all__ = ["attention", "attention_backward", "attention_varlen", "fresh_seed"]
+__all__ = ["attention", "attention_backward", "attention_varlen", "describe", "fresh_seed"]
 
 
 class _Jax(Bridge):
@@ -42,3 +42,4 @@ _bridge = _Jax()
 attention = _bridge.attention
 attention_varlen = _bridge.attention_varlen
 attention_backward = _bridge.attention_backward
+describe = _bridge.describe

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from anyattn import host, problem
 from anyattn.problem import Options, Problem, View, check_array, check_cu_seqlens, fresh_seed
 
-__all__ = ["attention", "attention_backward", "attention_varlen", "fresh_seed"]
+__all__ = ["attention", "attention_backward", "attention_varlen", "describe", "fresh_seed"]
 
 Array = npt.NDArray[Any]
 
@@ -71,10 +71,8 @@ def attention_backward(
     max_seqlen_k: int = 0,
 ) -> tuple[Array, Array, Array]:
     """``anyattn.attention_backward`` of NumPy arrays."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        call = problem.dense(view("q", q), view("k", k), view("v", v), _alibi(alibi_slopes), options)
-    else:
-        call = _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, options)
+    packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    call = describe(q, k, v, options, *packing, alibi_slopes=alibi_slopes, backend=backend)
     bp = problem.backward(call, view("dout", dout), view("out", out), view("lse", lse))
     dq, dk, dv = (np.empty(x.shape, x.dtype) for x in (q, k, v))
     arrays = [*(_bits(x) for x in (dout, q, k, v, out)), lse, *(_bits(x) for x in (dq, dk, dv))]
@@ -88,6 +86,25 @@ def attention_backward(
         backend=backend,
     )
     return dq, dk, dv
+
+
+def describe(
+    q: Array,
+    k: Array,
+    v: Array,
+    options: Options,
+    cu_seqlens_q: Array | None,
+    cu_seqlens_k: Array | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    alibi_slopes: Array | None,
+    backend: str,
+) -> Problem:
+    """The problem that a call would be; raises what the call would raise."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return problem.dense(view("q", q), view("k", k), view("v", v), _alibi(alibi_slopes), options)
+    return _varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, alibi_slopes, options)
 
 
 def view(name: str, x: Any) -> View:

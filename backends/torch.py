@@ -146,6 +146,31 @@ def attention_backward(
     return _attention_backward(dout, q, k, v, out, lse, call)
 
 
+def describe(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    alibi_slopes: Tensor | None,
+    backend: str,
+) -> Problem:
+    """The problem that a call would be; raises what the call would raise."""
+    if torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
+    offsets = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    call = _Call(alibi_slopes, None, *offsets, options, backend)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    _check_tensors(q, k, v, call)
+    problem = _problem(q, k, v, call, options)
+    _extras(problem, call)  # checks the rest
+    return problem
+
+
 def fresh_seed() -> int:
     """A dropout seed from PyTorch's default generator."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
