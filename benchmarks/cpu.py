@@ -2,7 +2,7 @@
 
 python -m benchmarks.cpu [--threads 2] [--rounds 9] [--seqlens 512,2048,8192]
 
-Both run in one process on the same arrays, by turns; each cell is the median over the rounds. Without PyTorch only
+Both run in one process on the same arrays, by turns; each cell is the median over all calls. Without PyTorch only
 anyattn is timed. Writes benchmarks/results/cpu.json.
 """
 
@@ -11,21 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import anyattn
+from anyattn.bench import timing
 from benchmarks import common
 
 HEADS, HEAD_DIM = 8, 64
 OURS, RIVAL = "anyattn", "torch"
-PAUSE = 0.05  # seconds; OpenMP's threads spin on their cores for a while after PyTorch's calls
 
 
 def contenders(seqlen: int, causal: bool, direction: str, threads: int) -> dict[str, Callable[[], Any]]:
@@ -68,31 +66,10 @@ def measure(seqlen: int, causal: bool, direction: str, threads: int, rounds: int
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
 
     flop = 4.0 * HEADS * seqlen**2 * HEAD_DIM * (2.5 if direction == "backward" else 1.0) / (2 if causal else 1)
-    repeats = max(1, round(4e9 / flop))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(rounds):
-        for name in order:
-            time.sleep(PAUSE)
-            calls[name]()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                calls[name]()
-            seconds[name].append((time.perf_counter() - start) / repeats)
-        order.reverse()
-    gflops = {name: flop / statistics.median(times) / 1e9 for name, times in seconds.items()}
-    cell = {"direction": direction, "seqlen": seqlen, "causal": causal, "gflops": gflops, "seconds": seconds}
+    timings, _ = timing.interleaved(calls, rounds, slice_ms=50.0, timer=timing.on_host)
+    gflops = {name: flop / taken.median / 1e6 for name, taken in timings.items()}
+    cell = {"direction": direction, "seqlen": seqlen, "causal": causal, "gflops": gflops, "ms": timings}
     return cell | ({"ratio": gflops[OURS] / gflops[RIVAL]} if RIVAL in gflops else {})
-
-
-def cpu_name() -> str:
-    """The processor's name, as Linux tells it; elsewhere what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:
@@ -118,14 +95,14 @@ def main() -> None:
                     f"{direction:8} {seqlen:6} {mask:6}  {speeds} GFLOP/s  ratio {cell.get('ratio', np.nan):.2f}",
                     flush=True,
                 )
-        means[direction] = common.geometric_mean(
+        means[direction] = timing.geometric_mean(
             c["ratio"] for c in cells if c["direction"] == direction and "ratio" in c
         )
         print(f"{direction}: geometric mean of the ratios {means[direction]:.3f}")
-    meta = common.metadata() | {"cpu": cpu_name(), "threads": arguments.threads}
+    meta = timing.metadata() | {"threads": arguments.threads}
     result = {"meta": meta, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "ratios": means, "cells": cells}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    arguments.output.write_text(json.dumps(result, indent=1, default=asdict) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import chart, common, rivals
-from benchmarks.common import geometric_mean
-from benchmarks.rivals import Attention
+from anyattn.bench import rivals, timing
+from anyattn.bench.rivals import Attention
+from anyattn.bench.timing import geometric_mean
+from benchmarks import chart, common
 
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
@@ -55,8 +56,8 @@ def measure(cell: Cell, direction: str, attentions: Mapping[str, Attention], rou
         else:
             calls[name] = rivals.backward_of(attention, q, k, v, dout, cell.causal)
     _agree(cell, calls)
-    timings, failed = common.interleaved(calls, rounds)
-    tflops = {name: cell.flop(direction) / timing.median / 1e9 for name, timing in timings.items()}
+    timings, failed = timing.interleaved(calls, rounds)
+    tflops = {name: cell.flop(direction) / taken.median / 1e9 for name, taken in timings.items()}
     return {
         "head_dim": cell.head_dim,
         "causal": cell.causal,
@@ -128,7 +129,7 @@ def main() -> None:
     names = list(attentions)
 
     result: dict[str, Any] = {"benchmark": "grid", "direction": direction, "kernel": arguments.kernel}
-    result |= {"dtype": "bfloat16", "meta": common.metadata(), "cells": []}
+    result |= {"dtype": "bfloat16", "meta": timing.metadata(), "cells": []}
     print(f"{result['meta']['device']}: {direction}, bfloat16, TFLOP/s (ours: kernel {arguments.kernel})")
     print(f"{'':<18}{''.join(f'{name:>11}' for name in names)}{'/FLASH':>9}{'/best':>9}")
     seqlens = (1024, 8192) if arguments.quick else SEQLENS
@@ -139,12 +140,12 @@ def main() -> None:
         print(_row(label, cell["tflops"], names, _ratios(cell["tflops"])), flush=True)
         for name, reason in cell["failed"].items():
             print(f"    {name}: {reason}", flush=True)
-        common.pause()
+        timing.pause()
     means = result["geometric_mean"] = summary(result["cells"])
     print(_row("geometric mean", means["tflops"], names, (means["ratio"]["FLASH"], means["ratio"]["best"])))
 
     name = f"{direction}-{arguments.kernel}{'-quick' if arguments.quick else ''}"
-    path = common.save(arguments.out, name, result)
+    path = timing.save(arguments.out, name, result)
     print(path, chart.draw(path), sep="\n")
 
 

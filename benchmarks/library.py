@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anyattn.bench import timing
 from benchmarks import chart, common
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _error(actual: Tensor, exact: Tensor) -> float:
 
 def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
     """Forward TFLOP/s (16k tokens, hidden 2048) against `factor` times a rival's; the errors too, in float32."""
-    from benchmarks import rivals
+    from anyattn.bench import rivals
     from benchmarks.grid import Cell
 
     for head_dim in (64, 128):
@@ -104,14 +105,14 @@ def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
             q, k, v, _ = _random(cell.shape, dtype)
             attentions = {"anyattn": rivals.ours(), rival: rivals.sdpa(rival)}
             calls = {name: partial(attention, q, k, v, causal) for name, attention in attentions.items()}
-            timings, failed = common.interleaved(calls)
+            timings, failed = timing.interleaved(calls)
             if failed:
                 raise SystemExit(f"{dtype} d{head_dim}: {failed}")
-            tflops = {name: cell.flop("forward") / timing.median / 1e9 for name, timing in timings.items()}
+            tflops = {name: cell.flop("forward") / taken.median / 1e9 for name, taken in timings.items()}
             what = f"forward d{head_dim} {'causal' if causal else 'full'} S{seqlen}"
             mine, theirs = tflops["anyattn"], tflops[rival]
             yield Row(dtype, what, "TFLOP/s", mine, {rival: theirs}, factor * theirs, more=True)
-            common.pause()
+            timing.pause()
             if dtype == "float64":  # no reference is more exact
                 continue
             q, k, v = q[:1], k[:1], v[:1]
@@ -125,7 +126,7 @@ SAME = 1.001  # both round at the same places; what is left is the order of the 
 
 def errors() -> Iterator[Row]:
     """Errors against float64 of 16-bit forward and gradients, each at the shape where we do worst beside FLASH."""
-    from benchmarks import rivals
+    from anyattn.bench import rivals
 
     attentions = {"anyattn": rivals.ours(), "FLASH": rivals.sdpa("FLASH")}
     for dtype in ("float16", "bfloat16"):
@@ -154,7 +155,7 @@ def memory() -> Iterator[Row]:
     """Peak memory of one call beyond what is allocated before it: B1 H16 S8k D128 bfloat16."""
     import torch
 
-    from benchmarks import rivals
+    from anyattn.bench import rivals
 
     shape = batch, seqlen, heads, _ = 1, 8192, 16, 128
     q, k, v, dout = _random(shape, "bfloat16")
@@ -197,7 +198,7 @@ def host() -> Iterator[Row]:
     from torch.nn.attention import sdpa_kernel
 
     import anyattn
-    from benchmarks import rivals
+    from anyattn.bench import rivals
 
     q, k, v, _ = _random((1, 64, 4, 64), "bfloat16")
     rng = np.random.default_rng(0)
@@ -311,12 +312,12 @@ def main() -> None:
     if unknown := set(chosen) - set(GROUPS):
         raise SystemExit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
 
-    result: dict[str, Any] = {"benchmark": "library", "meta": common.metadata(), "rows": []}
+    result: dict[str, Any] = {"benchmark": "library", "meta": timing.metadata(), "rows": []}
     for group in chosen:
         for row in GROUPS[group]():
             print(row, flush=True)
             result["rows"].append({**asdict(row), "met": row.met})
-    path = common.save(arguments.out, "library" if not arguments.only else f"library-{'-'.join(chosen)}", result)
+    path = timing.save(arguments.out, "library" if not arguments.only else f"library-{'-'.join(chosen)}", result)
     print(path, chart.draw(path), sep="\n")
 
 
