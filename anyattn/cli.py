@@ -1,4 +1,4 @@
-"""The command line: `anyattn info`, `anyattn compile`, `anyattn demo`."""
+"""The command line: `anyattn demo`, `info`, `compile`, `bench` and `tune`. Nothing else in the package prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import anyattn
 from anyattn import explanation, launch, plan
 from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version
+from anyattn.problem import DTYPES
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
@@ -57,6 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--report", type=Path, metavar="FILE.json", help="write what the table shows, and the warnings"
     )
     command.set_defaults(run=lambda options: compile_kernels(options.arch, options.report))
+
+    command = commands.add_parser("bench", help="time and error beside every rival found on this machine")
+    command.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
+    command.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    command.add_argument("--directions", type=_names("forward", "backward"), default=["forward", "backward"])
+    command.add_argument("--masks", type=_names("full", "causal"), default=["full", "causal"])
+    command.add_argument("--head-dims", type=_numbers, metavar="N,...", help="default: 64,128 on a GPU, else 64")
+    command.add_argument("--seqlens", type=_numbers, metavar="N,...", help="default: 512,2048,8192; 512,1024,2048")
+    command.add_argument("--tokens", type=int, metavar="N", help="in all sequences; default: 16384; 2048")
+    command.add_argument("--hidden", type=int, metavar="N", help="heads x head dim; default: 2048; 512")
+    command.add_argument("--rivals", type=lambda text: text.split(","), metavar="NAME,...", help="only these")
+    command.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="of the JSON file and the chart")
+    command.set_defaults(run=bench)
 
     options = parser.parse_args(arguments)
     try:
@@ -250,6 +265,98 @@ def demo() -> int:
     if hints:
         print("\nTo get more:", *hints, sep="\n  ")
     return 1 if failures else 0
+
+
+# --------------------------------------------------------------------------------------------------------------- bench
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Times anyattn and its rivals; prints a table, writes JSON and a chart. Returns 1 if ours failed or is wrong."""
+    try:
+        import torch
+    except ImportError:
+        print(
+            "anyattn: bench compares with PyTorch and what builds on it: pip install 'anyattn[torch]'", file=sys.stderr
+        )
+        return 1
+    from anyattn.bench import chart, suite, timing
+
+    gpu = torch.cuda.is_available() and launch.available() is None
+    device = options.device or ("cuda" if gpu else "cpu")
+    if device == "cuda" and not gpu:
+        reason = launch.available() or "this PyTorch is not built for CUDA"
+        print(f"anyattn: --device cuda: {reason}", file=sys.stderr)
+        return 1
+    usual = suite.USUAL[device]
+    dtype = options.dtype or usual.dtype
+    cells = [
+        suite.Cell(head_dim, mask == "causal", seqlen, options.tokens or usual.tokens, options.hidden or usual.hidden)
+        for head_dim in options.head_dims or usual.head_dims
+        for mask in options.masks
+        for seqlen in options.seqlens or usual.seqlens
+    ]
+    names = [suite.OURS, *options.rivals] if options.rivals else None
+    known = {name for direction in options.directions for name in suite.contenders(device, direction)}
+    if unknown := set(names or ()) - known:
+        print(f"anyattn: no {', '.join(sorted(unknown))} here; there are {', '.join(sorted(known))}", file=sys.stderr)
+        return 2
+
+    measured = suite.measure(cells, options.directions, names, dtype, device, options.rounds)
+    done = list(_progress(measured, len(cells) * len(options.directions), f"{dtype} on {device}"))
+    result: dict[str, Any] = {"benchmark": "bench", "device": device, "dtype": dtype, "meta": timing.metadata()}
+    result |= {"cells": done, "summary": suite.summary(done)}
+    _print_bench(result)
+    path = timing.save(options.out, f"bench-{dtype}", result)
+    print(f"\n{path}")
+    try:
+        chart.draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
+    except ImportError:
+        print("no chart: pip install 'anyattn[bench]'")
+    return 0 if suite.ours_is_right(done, dtype) else 1
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    cells, summary = result["cells"], result["summary"]
+    rows = []
+    for cell in cells:
+        shape = "x".join(str(cell[name]) for name in ("batch", "seqlen", "heads", "head_dim"))
+        times = [f"{cell['ms'][name].median:.3g}" if name in cell["ms"] else "-" for name in summary]
+        rows.append([cell["direction"], shape, "causal" if cell["causal"] else "full", *times])
+    print("Milliseconds of one call, the median:\n")
+    _print_table(["pass", "shape (BxSxHxD)", "mask", *summary], rows)
+    print("\nGeometric means; errors are relative (2-norm), against the formulas in float64, the largest seen:\n")
+    rows = [
+        [name, direction, str(part["cells"])]
+        + [
+            "-" if part[key] is None or part[key] != part[key] else f"{part[key]:.3g}"
+            for key in ("time_over_ours", "tflops")
+        ]
+        + ["not checked" if part["error"] is None else f"{part['error']:.1e}"]
+        for name, parts in summary.items()
+        for direction, part in parts.items()
+    ]
+    _print_table(["", "pass", "cells", "time over ours", "TFLOP/s", "error"], rows)
+    failures = {f"{name}: {reason}" for cell in cells for name, reason in cell["failed"].items()}
+    if failures:
+        print("\nNot measured:", *sorted(failures), sep="\n  ")
+
+
+def _names(*known: str) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} not among {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- output

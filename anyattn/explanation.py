@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from anyattn import compile as compiler
-from anyattn import cpu, host, launch, plan
+from anyattn import host, launch, plan
 from anyattn.compile import CompileError
 from anyattn.plan import Device, UnsupportedError
 from anyattn.problem import DTYPES, Options, Problem, View, contiguous_backward, dense, packed, place, varlen
@@ -82,7 +82,7 @@ def _pass(problem: Problem, backend: str, device: Device | None, backward: bool)
             on_gpu, why = host.route(problem, backend, host.BACKWARD_WORK if backward else 1.0)
         if not on_gpu:
             function = f"anyattn.cpu.{'backward' if backward else 'forward'}"
-            return Pass("cpu", why, (), 0, (), (f"{function}, in NumPy, on {cpu._thread_count()} threads",), None)
+            return Pass("cpu", why, (), 0, (), (f"{function}, in NumPy",), None)
         if problem.device < 0:
             problem = packed(problem, _current_device())
         where = f"cuda:{problem.device}"

@@ -10,14 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLOURS = {
-    "anyattn": "#d1495b",
-    "FLASH": "#9fb3c8",
-    "CUDNN": "#5b7fa6",
-    "EFFICIENT": "#c9c9c9",
-    "FA3": "#66a182",
-    "FA4": "#2e6b4f",
-}
+from anyattn.bench.chart import COLOURS, footer
 
 
 def draw(path: Path) -> Path:
@@ -32,15 +25,6 @@ def draw(path: Path) -> Path:
     figure = (_grid if result["benchmark"] == "grid" else _library)(result)
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     return path.with_suffix(".png")
-
-
-def _footer(meta: dict[str, Any]) -> str:
-    versions = meta["versions"]
-    shown = [
-        f"{name} {versions[name]}" for name in ("torch", "cuda", "cudnn", "fa3-fwd", "flash-attn-4") if name in versions
-    ]
-    device = f"{meta.get('device', 'no GPU')}, driver {meta.get('driver')}"
-    return f"{device}; {', '.join(shown)}; commit {(meta['commit'] or 'unknown')[:12]}, {meta['time'][:10]}"
 
 
 def _grid(result: dict[str, Any]) -> Any:
@@ -73,7 +57,7 @@ def _grid(result: dict[str, Any]) -> Any:
     ratio = means["ratio"]["FLASH"]
     title = f"{result['dtype']} {result['direction']}{kernel}: anyattn is {ratio:.2f}x FLASH (geometric means below)"
     figure.suptitle(title, y=1.0)
-    figure.text(0.5, 0.0, _footer(result["meta"]), ha="center", fontsize=8, color="#555555")
+    figure.text(0.5, 0.0, footer(result["meta"]), ha="center", fontsize=8, color="#555555")
     figure.subplots_adjust(top=0.88, hspace=0.3, bottom=0.09, wspace=0.05)
     return figure
 
@@ -94,7 +78,7 @@ def _library(result: dict[str, Any]) -> Any:
     axis.set_xscale("log")
     axis.set_yticks(range(len(rows)), [f"{row['group']}: {row['what']}" for row in rows], fontsize=8)
     axis.axvline(1, color="black", linewidth=1)
-    axis.set_xlabel(f"times better than the limit (1 = just met)\n{_footer(result['meta'])}", fontsize=8)
+    axis.set_xlabel(f"times better than the limit (1 = just met)\n{footer(result['meta'])}", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -10,51 +10,24 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anyattn.bench import rivals, timing
+from anyattn.bench import rivals, suite, timing
 from anyattn.bench.rivals import Attention
+from anyattn.bench.suite import OURS, Cell
 from anyattn.bench.timing import geometric_mean
 from benchmarks import chart, common
 
-TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-OURS = "anyattn"
-
-
-@dataclass(frozen=True)
-class Cell:
-    head_dim: int
-    causal: bool
-    seqlen: int
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return TOKENS // self.seqlen, self.seqlen, HIDDEN // self.head_dim, self.head_dim
-
-    def flop(self, direction: str) -> float:
-        """As the FlashAttention papers count it: two products forward, five backward, half of them under the mask."""
-        batch, seqlen, heads, head_dim = self.shape
-        forward = 4.0 * batch * heads * seqlen * seqlen * head_dim / (2 if self.causal else 1)
-        return forward if direction == "forward" else 2.5 * forward
 
 
 def measure(cell: Cell, direction: str, attentions: Mapping[str, Attention], rounds: int) -> dict[str, Any]:
     """Time every contender on the same random inputs, after a check that ours and FLASH agree."""
-    torch.manual_seed(0)
-    q, k, v, dout = (torch.randn(cell.shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, attention in attentions.items():
-        if direction == "forward":
-            calls[name] = partial(attention, q, k, v, cell.causal)
-        else:
-            calls[name] = rivals.backward_of(attention, q, k, v, dout, cell.causal)
+    calls = suite.calls(direction, attentions, suite.inputs(cell, "bfloat16", "cuda"), cell.causal)
     _agree(cell, calls)
     timings, failed = timing.interleaved(calls, rounds)
     tflops = {name: cell.flop(direction) / taken.median / 1e9 for name, taken in timings.items()}

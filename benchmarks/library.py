@@ -67,37 +67,10 @@ def _random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> tuple[Tensor, 
     return q, k, v, dout
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, causal: bool) -> dict[str, Tensor]:
-    """The plain formulas in float64, a head at a time; the gradients too, where dout is given."""
-    import torch
-
-    results = {"out": torch.empty(q.shape, dtype=torch.float64, device=q.device)}
-    if dout is not None:
-        results |= {name: torch.empty_like(results["out"]) for name in ("dq", "dk", "dv")}
-    seqlen, head_dim = q.shape[1], q.shape[3]
-    hidden = torch.ones(seqlen, seqlen, dtype=torch.bool, device=q.device).triu(1)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            heads = [x[b, :, h].double().requires_grad_(dout is not None) for x in (q, k, v)]
-            scores = heads[0] @ heads[1].T * head_dim**-0.5
-            out = (scores.masked_fill(hidden, -torch.inf) if causal else scores).softmax(-1) @ heads[2]
-            results["out"][b, :, h] = out.detach()
-            if dout is not None:
-                gradients = torch.autograd.grad(out, heads, dout[b, :, h].double())
-                for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
-                    results[name][b, :, h] = gradient
-    return results
-
-
-def _error(actual: Tensor, exact: Tensor) -> float:
-    """Relative to the norm; NaN if there is one."""
-    return float((actual.double() - exact).norm() / exact.norm())
-
-
 def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
     """Forward TFLOP/s (16k tokens, hidden 2048) against `factor` times a rival's; the errors too, in float32."""
     from anyattn.bench import rivals
-    from benchmarks.grid import Cell
+    from anyattn.bench.suite import Cell
 
     for head_dim in (64, 128):
         for causal in (False, True):
@@ -116,8 +89,10 @@ def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
             if dtype == "float64":  # no reference is more exact
                 continue
             q, k, v = q[:1], k[:1], v[:1]
-            exact = _exact(q, k, v, None, causal)["out"]
-            mine, theirs = (_error(attention(q, k, v, causal), exact) for attention in attentions.values())
+            exact = rivals.exact(q, k, v, None, causal)["out"]
+            mine, theirs = (
+                rivals.relative_error(attention(q, k, v, causal), exact) for attention in attentions.values()
+            )
             yield Row(dtype, f"{what} error", "relative", mine, {rival: theirs}, theirs, more=False)
 
 
@@ -136,13 +111,13 @@ def errors() -> Iterator[Row]:
                 seen: dict[tuple[str, str], list[float]] = {}
                 for seed in range(3):
                     q, k, v, dout = _random((2, 2048, 8, head_dim), dtype, seed)
-                    exact = _exact(q, k, v, dout, causal)
+                    exact = rivals.exact(q, k, v, dout, causal)
                     for name, attention in attentions.items():
                         actual = {"out": attention(q, k, v, causal)}
                         gradients = rivals.backward_of(attention, q, k, v, dout, causal)()
                         actual |= zip(("dq", "dk", "dv"), gradients, strict=True)
                         for tensor, values in actual.items():
-                            seen.setdefault((tensor, name), []).append(_error(values, exact[tensor]))
+                            seen.setdefault((tensor, name), []).append(rivals.relative_error(values, exact[tensor]))
                 for tensor, found in rows.items():
                     mine, flash = (statistics.fmean(seen[tensor, name]) for name in attentions)
                     what = f"{dtype} {tensor} (d{head_dim} {'causal' if causal else 'full'})"

@@ -1,7 +1,7 @@
 """Every implementation behind one signature: `attention(q, k, v, causal) -> out`.
 
-q, k, v and out are CUDA tensors (batch, sequence, heads, head dim), and out is differentiable where the implementation
-has a backward pass.
+q, k, v and out are tensors (batch, sequence, heads, head dim) on a GPU, or where it is said on the CPU; out is
+differentiable where the implementation has a backward pass.
 """
 
 from __future__ import annotations
@@ -42,10 +42,19 @@ def plain_sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
 
+def fa2() -> Attention | None:
+    """FlashAttention-2 (package flash-attn); None where it is not installed. FLASH is PyTorch's copy of it."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return None
+    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
+
+
 def fa3() -> Attention | None:
     """FlashAttention-3 (package fa3-fwd), forward only; None where it is not installed."""
     try:
-        from fa3_fwd_interface import flash_attn_func  # type: ignore[import-not-found]
+        from fa3_fwd_interface import flash_attn_func
     except ImportError:
         return None
     return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
@@ -54,21 +63,31 @@ def fa3() -> Attention | None:
 def fa4() -> Attention | None:
     """FlashAttention-4 (package flash-attn-4), which compiles at its first call; None where it is not installed."""
     try:
-        from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+        from flash_attn.cute import flash_attn_func
     except ImportError:
         return None
     return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)[0]
 
 
+def xformers() -> Attention | None:
+    """xFormers' choice among its kernels; None where it is not installed."""
+    try:
+        from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    except ImportError:
+        return None
+    return lambda q, k, v, causal: memory_efficient_attention(
+        q, k, v, attn_bias=LowerTriangularMask() if causal else None
+    )
+
+
 def rivals(direction: str) -> dict[str, Attention]:
-    """Everything installed that runs `direction` ("forward" or "backward") in bfloat16 and linear memory."""
+    """Everything installed that runs `direction` ("forward" or "backward") on a GPU, in bfloat16 and linear memory."""
     found: dict[str, Attention | None] = {name: sdpa(name) for name in ("FLASH", "CUDNN", "EFFICIENT")}
-    found["FA3"] = fa3() if direction == "forward" else None
-    found["FA4"] = fa4()
+    found |= {"FA2": fa2(), "FA3": fa3() if direction == "forward" else None, "FA4": fa4(), "XFORMERS": xformers()}
     return {name: attention for name, attention in found.items() if attention is not None}
 
 
-def ours(kernel: str = "auto") -> Attention:
+def ours(kernel: str = "auto", backend: str = "auto") -> Attention:
     """anyattn through its PyTorch adapter, held to one kernel ("sm80", ...) unless it is "auto".
 
     The choice counts for the process: it is made before anyattn is first imported.
@@ -78,11 +97,36 @@ def ours(kernel: str = "auto") -> Attention:
     import anyattn
 
     def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        out = anyattn.attention(q, k, v, causal=causal)
+        out = anyattn.attention(q, k, v, causal=causal, backend=backend)
         assert isinstance(out, Tensor)
         return out
 
     return attention
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, causal: bool) -> dict[str, Tensor]:
+    """out, and where dout is given dq, dk and dv: the plain formulas in float64, a head at a time."""
+    results = {"out": torch.empty(q.shape, dtype=torch.float64, device=q.device)}
+    if dout is not None:
+        results |= {name: torch.empty_like(results["out"]) for name in ("dq", "dk", "dv")}
+    seqlen, head_dim = q.shape[1], q.shape[3]
+    hidden = torch.ones(seqlen, seqlen, dtype=torch.bool, device=q.device).triu(1)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            heads = [x[b, :, h].double().requires_grad_(dout is not None) for x in (q, k, v)]
+            scores = heads[0] @ heads[1].T * head_dim**-0.5
+            out = (scores.masked_fill(hidden, -torch.inf) if causal else scores).softmax(-1) @ heads[2]
+            results["out"][b, :, h] = out.detach()
+            if dout is not None:
+                gradients = torch.autograd.grad(out, heads, dout[b, :, h].double())
+                for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
+                    results[name][b, :, h] = gradient
+    return results
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative to the norm; NaN if there is one."""
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def backward_of(
