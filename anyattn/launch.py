@@ -5,8 +5,10 @@ Everything here takes raw device pointers; who allocated them does not matter. C
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +54,18 @@ class _Prepared:
     """A plan whose kernels are loaded: what is left to do for a call is to fill in the pointers."""
 
     plan: Plan
-    launches: tuple[tuple[Any, tuple[int, int, int], tuple[int, int, int], int], ...]  # function, grid, block, shared
-    constants: bytes  # Params behind its pointers
+    launches: tuple[tuple[Any, int, int, int], ...]  # function, blocks, threads of a block, bytes of shared memory
+    arguments: _Arguments
     device: int
+
+
+class _Arguments(threading.local):
+    """A kernel's only argument, Params, in host memory; every thread has its own, to fill in for each launch."""
+
+    def __init__(self, constants: bytes) -> None:
+        self.params = ctypes.create_string_buffer(bytes(_POINTERS.size) + constants)  # constants lie behind pointers
+        self._pointer = ctypes.c_void_p(ctypes.addressof(self.params))
+        self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
 
 
 def forward(
@@ -118,7 +129,7 @@ def device(ordinal: int) -> Device:
     Raises UnsupportedError when it is older than sm_80, or when its driver cannot load what NVRTC here builds.
     """
     try:
-        properties = _runtime().getDeviceProperties(ordinal)
+        properties = _cuda().runtime.getDeviceProperties(ordinal)
     except ImportError:
         raise UnsupportedError(str(available())) from None
     major, minor = properties["major"], properties["minor"]
@@ -127,7 +138,7 @@ def device(ordinal: int) -> Device:
             f"GPU {ordinal} has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or newer: "
             "use backend='cpu' on host arrays"
         )
-    if reason := compiler.driver_problem(_runtime().driverGetVersion()):
+    if reason := compiler.driver_problem(_cuda().runtime.driverGetVersion()):
         raise UnsupportedError(reason)
     arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
     return Device(arch, properties["sharedMemPerBlockOptin"])
@@ -174,13 +185,13 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
     launches = tuple(
         (
             _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device),
-            (kernel.grid, 1, 1),
-            (kernel.threads, 1, 1),
+            kernel.grid,
+            kernel.threads,
             kernel.shared_bytes,
         )
         for kernel in chosen.kernels
     )
-    return _Prepared(chosen, launches, params.tobytes()[_POINTERS.size :], problem.device)
+    return _Prepared(chosen, launches, _Arguments(params.tobytes()[_POINTERS.size :]), problem.device)
 
 
 @functools.cache
@@ -193,36 +204,27 @@ def _function(path: str, name: str, shared_bytes: int, ordinal: int) -> Any:
         if shared_bytes > 48 << 10:
             kernel.max_dynamic_shared_size_bytes = shared_bytes
         log.info("first use of %s on cuda:%d, %d bytes of shared memory, from %s", name, ordinal, shared_bytes, path)
-        return kernel.kernel  # its cupy.cuda.Function: a third less to do for a launch
+        return kernel.kernel  # its cupy.cuda.Function
 
 
 @functools.cache
-def _runtime() -> Any:
+def _cuda() -> Any:
     import cupy
 
-    return cupy.cuda.runtime
-
-
-class _Stream:
-    """A raw stream as CuPy's functions take it."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+    return cupy.cuda
 
 
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
-    # Plain bytes: for a structured scalar CuPy would have NumPy describe every field at every launch.
-    args = (np.void(_POINTERS.pack(*pointers) + prepared.constants),)
-    external = _Stream(stream)
-    runtime = _runtime()
-    current = runtime.getDevice()
-    if current != prepared.device:
-        runtime.setDevice(prepared.device)
+    cuda, arguments = _cuda(), prepared.arguments
+    _POINTERS.pack_into(arguments.params, 0, *pointers)
+    current = cuda.runtime.getDevice()
+    cuda.runtime.setDevice(prepared.device)  # even if it is current: a new thread has no context yet
     try:
-        for function, grid, block, shared_bytes in prepared.launches:
-            function(grid, block, args, shared_bytes, external)
+        for function, blocks, threads, shared_bytes in prepared.launches:
+            # The driver's own function: a Function would take as long again to look at what it is given.
+            cuda.driver.launchKernel(
+                function.ptr, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.kernel_params, 0
+            )
     finally:
         if current != prepared.device:
-            runtime.setDevice(current)
+            cuda.runtime.setDevice(current)

@@ -223,6 +223,14 @@ def packed(problem: Problem, device: int) -> Problem:
     )  # fmt: skip
 
 
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a C-contiguous array, in elements."""
+    strides = [1] * len(shape)
+    for axis in range(len(shape) - 1, 0, -1):
+        strides[axis - 1] = strides[axis] * shape[axis]
+    return tuple(strides)
+
+
 def check_dropout(dropout: Any) -> float:
     """The dropout probability as a float in [0, 1)."""
     if not isinstance(dropout, _REAL):
@@ -484,9 +492,7 @@ def _strides(x: View, axes: tuple[int | None, int | None, int, int]) -> Strides:
 
 
 def _contiguous(shape: tuple[int, ...], axes: tuple[int | None, int | None, int, int]) -> Strides:
-    strides = [1] * len(shape)
-    for axis in range(len(shape) - 1, 0, -1):
-        strides[axis - 1] = strides[axis] * shape[axis]
+    strides = row_major(shape)
     return tuple(0 if axis is None else strides[axis] for axis in axes)  # type: ignore[return-value]
 
 

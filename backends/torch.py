@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _dispatch_tls_is_dispatch_key_included,
     _get_tracing_state,
@@ -30,6 +30,7 @@ from torch._C import (
 )
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from anyattn import host, launch
 from anyattn import problem as core
@@ -67,28 +68,29 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`anyattn.attention` of tensors. out is differentiable with respect to q, k and v; the LSE is not."""
     if (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and not _is_any_autocast_enabled()
-        and _eager(q, k, v)
+        and _plain(q, k, v)
         and not _differentiable(q, k, v)
         and q.is_cuda
+        and (device := q.get_device()) == _current_device()
         and alibi_slopes is None
         and not options.dropout
         and backend != "cpu"
-    ):  # the commonest call, spelt out: the way below would take another 3 us
+    ):  # the commonest call, spelt out: the way below would take another 5 us
         q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
         try:
-            problem = _dense(
-                q.shape, q.stride(), q.dtype, q.get_device(), q_ptr & 15,
+            problem, strides = _dense(
+                q.shape, q.stride(), q.dtype, device, q_ptr & 15,
                 k.shape, k.stride(), k.dtype, k.get_device(), k_ptr & 15,
                 v.shape, v.stride(), v.dtype, v.get_device(), v_ptr & 15,
                 options,
             )  # fmt: skip
-        except TypeError:  # an option that cannot be hashed: the core will name it, on the way below
+        except (TypeError, ValueError):  # what is wrong will be named on the way below
             pass
         else:
-            out = q.new_empty(problem.out_shape)
-            stream = _raw_stream(problem.device)
+            out = _empty_cuda(problem.out_shape, strides, q.dtype)
+            stream = _raw_stream(device)
             if not return_lse:
                 launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), 0, stream)
                 return out
@@ -181,9 +183,9 @@ def fresh_seed() -> int:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
     slopes = call.alibi_slopes
-    if isinstance(slopes, Tensor) and slopes.requires_grad and torch.is_grad_enabled():
+    if isinstance(slopes, Tensor) and slopes.requires_grad and is_grad_enabled():
         raise ValueError("alibi_slopes must not require grad, as they get none: pass alibi_slopes.detach()")
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if compiling or _is_any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if compiling or not _eager(q, k, v):
@@ -200,7 +202,7 @@ def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = dout, q, k, v, out, lse
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     if compiling or not (_eager(q, k, v) and _eager(dout, out, lse)):
         _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
         if compiling or peek_interpreter_stack() is None:
@@ -213,11 +215,15 @@ def _attention_backward(
 
 def _eager(a: Tensor, b: Tensor, c: Tensor) -> bool:
     """Whether three tensors are plain memory of the CPU or of GPUs, and nothing records what is done to them."""
+    return _plain(a, b, c) and ((a.is_cuda and b.is_cuda and c.is_cuda) or (a.is_cpu and b.is_cpu and c.is_cpu))
+
+
+def _plain(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    """The same of tensors that may be on any device, even meta."""
     return (
         type(a) in _PLAIN
         and type(b) in _PLAIN
         and type(c) in _PLAIN
-        and ((a.is_cuda and b.is_cuda and c.is_cuda) or (a.is_cpu and b.is_cpu and c.is_cpu))
         and not (a.is_neg() or b.is_neg() or c.is_neg())  # views yet to be negated
         and _len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None  # functorch
@@ -227,7 +233,7 @@ def _eager(a: Tensor, b: Tensor, c: Tensor) -> bool:
 
 
 def _differentiable(a: Tensor, b: Tensor, c: Tensor) -> bool:
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or c.requires_grad):
+    if is_grad_enabled() and (a.requires_grad or b.requires_grad or c.requires_grad):
         return True
     return forward_ad._current_level >= 0  # forward mode, which the Functions refuse and the operators would ignore
 
@@ -317,15 +323,19 @@ def _dense(
     k_shape: torch.Size, k_strides: tuple[int, ...], k_dtype: torch.dtype, k_device: int, k_ptr: int,
     v_shape: torch.Size, v_strides: tuple[int, ...], v_dtype: torch.dtype, v_device: int, v_ptr: int,
     options: Options,
-) -> Problem:  # fmt: skip
-    """`problem.dense` without slopes, by what a tensor gives at once: no View is made for the look-up."""
-    return core.dense(
+) -> tuple[Problem, tuple[int, ...]]:  # fmt: skip
+    """`problem.dense` without slopes, by what a tensor gives at once: no View is made for the look-up.
+
+    The output's strides beside it.
+    """
+    problem = core.dense(
         View(q_ptr, tuple(q_shape), q_strides, _DTYPES[q_dtype], q_device),
         View(k_ptr, tuple(k_shape), k_strides, _DTYPES[k_dtype], k_device),
         View(v_ptr, tuple(v_shape), v_strides, _DTYPES[v_dtype], v_device),
         None,
         options,
     )
+    return problem, core.row_major(problem.out_shape)
 
 
 def _view(name: str, x: Tensor) -> View:
@@ -359,6 +369,9 @@ def _current_stream(device: int) -> int:
 
 
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+# As Inductor's code allocates: on the current device, without the dispatcher.
+_empty_cuda: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 # ------------------------------------------------------------------------------------------------ gradients
