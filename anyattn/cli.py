@@ -10,10 +10,11 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyattn
 from anyattn import explanation, launch, plan
@@ -21,6 +22,8 @@ from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_v
 from anyattn.problem import DTYPES
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+T = TypeVar("T")
 
 # wgmma.wait_group moved by the compiler: wanted where it stands (the kernel says why). The other C75xx mean that
 # it gave up on overlapping tensor-core products.
@@ -72,6 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="of the JSON file and the chart")
     command.set_defaults(run=bench)
+
+    command = commands.add_parser("tune", help="measure tiles on this GPU, and write a table for $ANYATTN_TILES")
+    command.add_argument("--directions", type=_names("forward", "backward"), default=["forward", "backward"])
+    command.add_argument("--dtypes", type=_names(*DTYPES), default=["bfloat16"], help="default: bfloat16")
+    command.add_argument("--head-dims", type=_numbers, default=[64, 128, 256], help="default: 64,128,256")
+    command.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    command.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: tiles-ARCH.yaml")
+    command.add_argument("--dry-run", action="store_true", help="compile the candidates and list them; measure nothing")
+    command.add_argument("--arch", type=_architectures, metavar="ARCH", help="with --dry-run, which then needs no GPU")
+    command.set_defaults(run=tune)
 
     options = parser.parse_args(arguments)
     try:
@@ -180,15 +193,8 @@ def compile_kernels(architectures: Sequence[str], report: Path | None = None) ->
     """Builds every default kernel. Returns 1 if one does not compile, spills much, or serialises its products."""
     nvrtc = "{}.{}".format(*nvrtc_version())
     specs = [spec for arch in architectures for spec in plan.default_specs(arch)]
-    pool = ThreadPoolExecutor(os.cpu_count())  # the compiler runs outside of Python's lock
-    try:
-        futures = [pool.submit(cubin, spec) for spec in specs]
-        for _ in _progress(as_completed(futures), len(futures), "compiling"):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-    rows = [row for spec, future in zip(specs, futures, strict=True) for row in _kernel_rows(spec, future)]
+    built = _in_threads([partial(_build, spec) for spec in specs], "compiling")
+    rows = [row for spec, found in zip(specs, built, strict=True) for row in _kernel_rows(spec, found)]
     columns = ["kernel", "arch", "registers", "spill bytes", "shared bytes", "warnings", "seconds", "constants"]
     _print_table(columns, [[_cell(row[column.replace(" ", "_")]) for column in columns] for row in rows])
     faulty = [row for row in rows if row["faults"]]
@@ -202,14 +208,19 @@ def compile_kernels(architectures: Sequence[str], report: Path | None = None) ->
     return 1 if faulty else 0
 
 
-def _kernel_rows(spec: Spec, future: Future[Cubin]) -> Iterator[dict[str, Any]]:
+def _build(spec: Spec) -> Cubin | CompileError:
+    try:
+        return cubin(spec)
+    except CompileError as error:
+        return error
+
+
+def _kernel_rows(spec: Spec, built: Cubin | CompileError) -> Iterator[dict[str, Any]]:
     """A row for each kernel of a file, or one that says why the file could not be compiled."""
     row: dict[str, Any] = {"kernel": spec.source, "arch": spec.arch, "constants": dict(spec.constants)}
-    try:
-        built = future.result()
-    except CompileError as error:
+    if isinstance(built, CompileError):
         numbers = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "seconds"))
-        yield {**row, **numbers, "warnings": [], "faults": [str(error)]}
+        yield {**row, **numbers, "warnings": [], "faults": [str(built)]}
         return
     for kernel in built.resources():
         warnings = [w for w in built.warnings() if "function '" not in w or f"'{kernel.kernel}'" in w]
@@ -342,6 +353,62 @@ def _print_bench(result: dict[str, Any]) -> None:
         print("\nNot measured:", *sorted(failures), sep="\n  ")
 
 
+# ---------------------------------------------------------------------------------------------------------------- tune
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measures the tiles near those in use, and writes a table with the best. Returns 1 where there is no GPU."""
+    from anyattn.bench import timing
+    from anyattn.bench import tune as tuning
+
+    if options.arch and not options.dry_run:
+        print("anyattn: --arch needs --dry-run: tiles are measured on the GPU that is here", file=sys.stderr)
+        return 2
+    if not options.arch and (reason := launch.available()):
+        print(f"anyattn: tune needs a GPU: {reason}", file=sys.stderr)
+        return 1
+    device = plan.Device(options.arch[0], plan.SHARED_BYTES[options.arch[0]]) if options.arch else launch.device(0)
+    table = plan._tiles()
+    cells = [
+        tuning.Cell(direction, dtype, head_dim)
+        for direction in options.directions
+        for dtype in options.dtypes
+        for head_dim in options.head_dims
+    ]
+    trials = [trial for cell in cells if (trial := tuning.prepare(table, cell, device))]
+    faults = _in_threads([partial(tuning.fault, chosen) for trial in trials for chosen in trial.plans], "compiling")
+    found = iter(faults)
+    of_each = [[next(found) for _ in trial.tiles] for trial in trials]
+    if options.dry_run:
+        for trial, reasons in zip(trials, of_each, strict=True):
+            print(f"\n{trial.kernel} {trial.cell.dtype} {trial.cell.head_dim}")
+            rows = [[tuning.name(tile), reason or "ok"] for tile, reason in zip(trial.tiles, reasons, strict=True)]
+            _print_table(["tile (the first is in use)", "verdict"], rows)
+        return 0
+
+    measure = partial(tuning.measure, rounds=options.rounds)
+    pairs = _progress(zip(trials, of_each, strict=True), len(trials), "measuring")
+    choices = [tuning.choose(table, trial, reasons, measure) for trial, reasons in pairs]
+    rows = []
+    for choice in choices:
+        cell, (before, best) = choice.cell, (tuning.name(choice.before), tuning.name(choice.tile))
+        times = [choice.milliseconds.get(tile) for tile in (before, best)]
+        figures = ["-" if ms is None else f"{ms:.3f}" for ms in times]
+        tried = f"{len(choice.milliseconds)}, {len(choice.refused)} refused"
+        changed = best if best != before else "the one in use"
+        rows.append([choice.kernel, cell.dtype, str(cell.head_dim), *figures, tried, changed])
+    _print_table(["kernel", "dtype", "head dim", "ms in use", "ms best", "measured", "best tile"], rows)
+
+    meta = timing.metadata()
+    versions = meta["versions"].get("anyattn", anyattn.__version__)
+    comment = f"Measured by anyattn tune on {meta.get('device')}, driver {meta.get('driver')}, {meta['time'][:10]}, "
+    comment += f"anyattn {versions}. Use it: ANYATTN_TILES=THIS_FILE"
+    path = options.out or Path(f"tiles-{device.arch}.yaml")
+    path.write_text(tuning.dump(tuning.tuned(table, choices, device.arch), comment), encoding="utf-8")
+    print(f"\n{path}: use it with ANYATTN_TILES={path.resolve()}")
+    return 0
+
+
 def _names(*known: str) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
@@ -360,6 +427,18 @@ def _numbers(text: str) -> list[int]:
 
 
 # -------------------------------------------------------------------------------------------------------------- output
+
+
+def _in_threads(tasks: Sequence[Callable[[], T]], title: str) -> list[T]:
+    """What the tasks return, behind a progress bar. The compiler runs outside of Python's lock."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        futures = [pool.submit(task) for task in tasks]
+        for _ in _progress(as_completed(futures), len(futures), title):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [future.result() for future in futures]
 
 
 def _progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
