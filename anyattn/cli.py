@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -366,6 +367,9 @@ def tune(options: argparse.Namespace) -> int:
         return 2
     if not options.arch and (reason := launch.available()):
         print(f"anyattn: tune needs a GPU: {reason}", file=sys.stderr)
+        return 1
+    if "bfloat16" in options.dtypes and not options.dry_run and not importlib.util.find_spec("ml_dtypes"):
+        print("anyattn: bfloat16 arrays of CuPy need ml_dtypes: pip install 'anyattn[bench]'", file=sys.stderr)
         return 1
     device = plan.Device(options.arch[0], plan.SHARED_BYTES[options.arch[0]]) if options.arch else launch.device(0)
     table = plan._tiles()

@@ -59,8 +59,11 @@ def test_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_cupy_stream() -> None:
     import cupy
 
-    small, large = cupy.ones(1 << 20), cupy.ones(1 << 26)
-    quick, slow = (min(timing.on_cupy_stream(lambda x=x: x.sum(), 5)) for x in (small, large))
+    small, large = (cupy.empty(1 << n) for n in (20, 26))
+    stream = cupy.cuda.get_current_stream()
+    quick, slow = (
+        min(timing.on_cupy_stream(lambda x=x: x.data.memset_async(0, x.nbytes, stream), 5)) for x in (small, large)
+    )
     assert 0 < quick < slow
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -257,7 +259,7 @@ def test_measure(direction: str, table: Table, monkeypatch: pytest.MonkeyPatch) 
         timed.append(in_use())
         return [4.0 if in_use() == tune.name(LARGER) else 5.0] * calls
 
-    monkeypatch.setitem(sys.modules, "cupy", np)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(asarray=np.asarray, asnumpy=np.asarray))
     monkeypatch.setattr(anyattn, "attention", attention)
     monkeypatch.setattr(anyattn, "attention_backward", backward)
     monkeypatch.setattr(timing, "on_cupy_stream", on_cupy_stream)
@@ -372,3 +374,7 @@ def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().err == "anyattn: tune needs a GPU: there is no GPU in this test\n"
     assert cli.main([*ARGUMENTS, "--arch", "sm_80"]) == 2
     assert "--arch needs --dry-run" in capsys.readouterr().err
+    monkeypatch.setattr(launch, "available", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(ARGUMENTS) == 1
+    assert "bfloat16 arrays of CuPy need ml_dtypes" in capsys.readouterr().err
