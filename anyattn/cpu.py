@@ -140,10 +140,11 @@ class _Band(NamedTuple):
     right: int
     seqlen_q: int
     seqlen_k: int
+    shift: int = 0
 
     @property
     def offset(self) -> int:
-        return self.seqlen_k - self.seqlen_q
+        return self.seqlen_k - self.seqlen_q + self.shift
 
     def keys(self, rows: range) -> range:
         """The keys that some of these rows see."""
@@ -223,7 +224,7 @@ def _groups(
 
     def cut(first: int, queries: list[Array], keys: list[Array]) -> Iterator[_Group]:
         queries = [x.reshape(len(x), problem.heads_kv, job.members, *x.shape[2:]) for x in queries]
-        band = _Band(problem.left, problem.right, queries[0].shape[3], keys[0].shape[2])
+        band = _Band(problem.left, problem.right, queries[0].shape[3], keys[0].shape[2], problem.shift)
         at_once = job.heads_at_once(band, heads_at_once)
         for n in _pieces(len(queries[0]), at_once // problem.heads_kv):
             for h in _pieces(problem.heads_kv, at_once):
@@ -335,10 +336,13 @@ class _Tile(NamedTuple):
             return None
         sequences, heads = group.by_key[0].shape[:2]
         members = range(*self.members.indices(job.members))
+        first, first_head, first_row = job.problem.origin
+        rows = range(first_row + self.rows.start, first_row + self.rows.stop)
         keep = np.empty((sequences, heads, len(members), len(self.rows), len(self.keys)), np.bool_)
         for n, h, m in np.ndindex(*keep.shape[:3]):
-            head = (group.head + h) * job.members + members[m]
-            keep[n, h, m] = keep_mask(job.seed, job.problem.dropout, group.sequence + n, head, self.rows, self.keys)
+            head = first_head + (group.head + h) * job.members + members[m]
+            sequence = first + group.sequence + n
+            keep[n, h, m] = keep_mask(job.seed, job.problem.dropout, sequence, head, rows, self.keys)
         return keep.reshape(-1, *keep.shape[2:])
 
     def visible(self) -> Iterator[tuple[int, slice]]:
@@ -363,7 +367,7 @@ def _forward(job: _Job, group: _Group, part: int, parts: int, ws: _Workspace) ->
     k = group.by_key[0][:, :, seen.start : seen.stop]
     # An odd number of cache lines from row to row, else all rows of a tile would compete for the same cache sets.
     k_t = ws("k_t", k.shape[0] * k.shape[1], k.shape[3] + 1, len(seen) // 32 * 32 + 48)[..., : len(seen)]
-    _widen(k.swapaxes(2, 3), _unfold(k_t[:, :-1], group))
+    widen(k.swapaxes(2, 3), _unfold(k_t[:, :-1], group))
     k_t[:, -1] = 1.0
     for rows in blocks:
         for members in job.members_at_once(rows):
@@ -385,7 +389,7 @@ def _forward_block(
     inside = not job.problem.softcap  # the shift is subtracted by the product
 
     q_tile = ws("q", count, taken, height, head_dim + 1)
-    _widen(q, _unfold(q_tile[..., :-1], group), job.gain)
+    widen(q, _unfold(q_tile[..., :-1], group), job.gain)
     shift = _score_of_a_visible_key(_Tile(job, group, members, rows, keys=range(0)), q_tile[..., :-1], ws)
     q_tile[..., -1] = -shift if inside else 0.0
     total = np.zeros_like(shift)
@@ -401,7 +405,7 @@ def _forward_block(
         p_flat, q_flat = p.reshape(flat), q_tile[:, :, here].reshape(flat)
         k_tile = k_t[..., keys.start - first_key : keys.stop - first_key]
         v_tile = ws("v", count, len(keys), head_dim_v)
-        _widen(v[:, :, keys.start : keys.stop], _unfold(v_tile, group))
+        widen(v[:, :, keys.start : keys.stop], _unfold(v_tile, group))
 
         np.matmul(q_flat, k_tile, out=p_flat)
         masked = tile.finish_scores(p, shift[:, :, here], ws)
@@ -436,7 +440,7 @@ def _forward_block(
     o /= total[..., None]
     if job.problem.dropout:
         o *= job.kept
-    _narrow(_unfold(o, group), out)
+    narrow(_unfold(o, group), out)
 
 
 def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
@@ -448,11 +452,11 @@ def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
         return score
     before = min(max(-(rows.start + band.offset), 0), len(rows))  # rows that stand before the first key
     here = ws("k", len(q), len(rows) - before, q.shape[-1])
-    _widen(k[:, :, rows.start + band.offset + before : rows.stop + band.offset], _unfold(here, group))
+    widen(k[:, :, rows.start + band.offset + before : rows.stop + band.offset], _unfold(here, group))
     np.einsum("hmid,hid->hmi", q[:, :, before:], here, out=score[:, :, before:])
     if before:
         first = ws("k", len(q), 1, q.shape[-1])
-        _widen(k[:, :, :1], _unfold(first, group))
+        widen(k[:, :, :1], _unfold(first, group))
         np.einsum("hmid,hjd->hmi", q[:, :, :before], first, out=score[:, :, :before])
     distance = np.arange(rows.start + band.offset, rows.start + band.offset + before)  # not positive
     if softcap:
@@ -498,8 +502,8 @@ def _backward(job: _Job, group: _Group, part: int, shares: list[_Share | None], 
             np.add(complete[0][0], dk_share, out=complete[0][0])
             np.add(complete[0][1], dv_share, out=complete[0][1])
         if complete[0][0] is not dk:
-            _narrow(complete[0][0], dk)
-            _narrow(complete[0][1], dv)
+            narrow(complete[0][0], dk)
+            narrow(complete[0][1], dv)
 
 
 def _backward_block(
@@ -518,9 +522,9 @@ def _backward_block(
 
     q_tile, dout_tile = ws("q", count, taken, height, head_dim + 1), ws("dout", count, taken, height, head_dim_v + 1)
     out_tile, dq_sum = ws("out", count, taken, height, head_dim_v), ws("dq_sum", count, taken, height, head_dim)
-    _widen(q, _unfold(q_tile[..., :-1], group), job.gain)
-    _widen(dout, _unfold(dout_tile[..., :-1], group))
-    _widen(out, _unfold(out_tile, group))
+    widen(q, _unfold(q_tile[..., :-1], group), job.gain)
+    widen(dout, _unfold(dout_tile[..., :-1], group))
+    widen(out, _unfold(out_tile, group))
     dots = np.einsum("hmid,hmid->hmi", dout_tile[..., :-1], out_tile)
     # A row of LSE -inf sees no key: any finite value will do.
     lse = np.where(lse == -np.inf, 0.0, lse).reshape(count, taken, height)
@@ -535,8 +539,8 @@ def _backward_block(
         flat = count, taken * len(some), -1  # the rows of the members, below each other
         q_flat, dout_flat = q_tile[:, :, here].reshape(flat), dout_tile[:, :, here].reshape(flat)
         k_tile, v_tile = ws("k", count, len(keys), head_dim + 1), ws("v", count, len(keys), head_dim_v + 1)
-        _widen(k[:, :, keys.start : keys.stop], _unfold(k_tile[..., :-1], group))
-        _widen(v[:, :, keys.start : keys.stop], _unfold(v_tile[..., :-1], group))
+        widen(k[:, :, keys.start : keys.stop], _unfold(k_tile[..., :-1], group))
+        widen(v[:, :, keys.start : keys.stop], _unfold(v_tile[..., :-1], group))
         k_tile[..., -1] = v_tile[..., -1] = 1.0
 
         p, ds = (ws(name, count, taken, len(some), len(keys)) for name in ("p", "ds"))
@@ -581,7 +585,7 @@ def _backward_block(
         dv_sum[:, :, keys.start : keys.stop] += _unfold(dv_tile, group)
 
     dq_sum *= problem.scale
-    _narrow(_unfold(dq_sum, group), dq)
+    narrow(_unfold(dq_sum, group), dq)
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -605,7 +609,7 @@ def _pieces(total: int, length: int) -> list[slice]:
     return [slice(start, min(start + max(length, 1), total)) for start in range(0, total, max(length, 1))]
 
 
-def _widen(x: Array, out: Array, gain: float = 1.0) -> None:
+def widen(x: Array, out: Array, gain: float = 1.0) -> None:
     """Write gain * x into a float32 or float64 array; uint16 holds bfloat16, the upper half of a float32."""
     if x.dtype == np.uint16:
         bits = out.view(np.uint32)
@@ -618,7 +622,7 @@ def _widen(x: Array, out: Array, gain: float = 1.0) -> None:
         out[...] = x
 
 
-def _narrow(x: Array, out: Array) -> None:
+def narrow(x: Array, out: Array) -> None:
     """Copy from a float32 or float64 array, rounding to the nearest, ties to even."""
     if out.dtype == np.uint16:
         bits = x.view(np.uint32)

@@ -1,4 +1,4 @@
-"""Arrays in host memory: computed on the CPU, or copied over a GPU where that is faster.
+"""Arrays in host memory: computed on the CPU, or on a GPU, part by part, where that is faster.
 
 Shared by the adapters of NumPy, CPU torch, CPU JAX and CPU DLPack arrays. All arrays are NumPy's, in the caller's
 layout and rank; bfloat16 travels as its bits in uint16.
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anyattn.log import info_once
-from anyattn.problem import BackwardProblem, Problem, contiguous_backward, packed
+from anyattn.problem import BackwardProblem, Problem
 
 Array = npt.NDArray[Any]
 
@@ -44,27 +44,19 @@ def forward(
 
     Raises UnsupportedError when backend is "cuda" and there is no usable GPU, with what to install.
     """
+    arrays = {"q": _canonical(problem, q), "k": _canonical(problem, k), "v": _canonical(problem, v)}
+    results = {"out": _canonical(problem, out), "lse": _canonical_lse(problem, lse)}
+    optional: dict[str, Any] = {"alibi": alibi, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if not _on_gpu(problem, backend, 1.0):
         from anyattn import cpu
 
         info_once("first use of anyattn.cpu.forward")
-        arrays = [*(_canonical(problem, x) for x in (q, k, v, out)), _canonical_lse(problem, lse)]
-        cpu.forward(
-            problem, *arrays, alibi=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed
-        )  # fmt: skip
-        return
+        cpu.forward(problem, **arrays, **results, **optional, seed=seed)
+    else:
+        from anyattn import offload
 
-    import cupy
-
-    from anyattn import launch
-
-    q_gpu, k_gpu, v_gpu, *extra = (_upload(x) for x in (q, k, v, alibi, cu_seqlens_q, cu_seqlens_k))
-    out_gpu, lse_gpu = cupy.empty(out.shape, out.dtype), cupy.empty(lse.shape, lse.dtype)
-    pointers = [x.data.ptr for x in (q_gpu, k_gpu, v_gpu, out_gpu, lse_gpu)]
-    pointers.append(cupy.cuda.get_current_stream().ptr)
-    launch.forward(packed(problem, q_gpu.data.device_id), *pointers, **_pointers(*extra), seed=seed)
-    out_gpu.get(out=out)
-    lse_gpu.get(out=lse)
+        given = _batched(problem, arrays) | {name: x for name, x in optional.items() if x is not None}
+        offload.forward(problem, given, _batched(problem, results), _lengths(problem, cu_seqlens_q, cu_seqlens_k), seed)
 
 
 def backward(
@@ -87,32 +79,21 @@ def backward(
 ) -> None:
     """The gradients into the C-contiguous ``dq``, ``dk`` and ``dv``; done when it returns. Raises as forward()."""
     problem = bp.problem
+    arrays = {"dout": dout, "q": q, "k": k, "v": v, "out": out}
+    arrays = {name: _canonical(problem, x) for name, x in arrays.items()} | {"lse": _canonical_lse(problem, lse)}
+    results = {"dq": _canonical(problem, dq), "dk": _canonical(problem, dk), "dv": _canonical(problem, dv)}
+    optional: dict[str, Any] = {"alibi": alibi, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     if not _on_gpu(problem, backend, BACKWARD_WORK):
         from anyattn import cpu
 
         info_once("first use of anyattn.cpu.backward")
-        dout, q, k, v, out, dq, dk, dv = (_canonical(problem, x) for x in (dout, q, k, v, out, dq, dk, dv))
-        arrays = (dout, q, k, v, out, _canonical_lse(problem, lse), dq, dk, dv)
-        cpu.backward(
-            bp, *arrays, alibi=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed
-        )  # fmt: skip
-        return
+        cpu.backward(bp, **arrays, **results, **optional, seed=seed)
+    else:
+        from anyattn import offload
 
-    import cupy
-
-    from anyattn import launch
-
-    *given_gpu, alibi_gpu, cu_q, cu_k = (
-        _upload(x) for x in (dout, q, k, v, out, lse, alibi, cu_seqlens_q, cu_seqlens_k)
-    )
-    wanted_gpu = [cupy.empty(x.shape, x.dtype) for x in (dq, dk, dv)]
-    on_gpu = contiguous_backward(packed(problem, given_gpu[0].data.device_id))
-    workspace = cupy.empty(launch.workspace_bytes(on_gpu), np.uint8)
-    pointers = [x.data.ptr for x in (*given_gpu, *wanted_gpu, workspace)]
-    pointers.append(cupy.cuda.get_current_stream().ptr)
-    launch.backward(on_gpu, *pointers, **_pointers(alibi_gpu, cu_q, cu_k), seed=seed)
-    for here, there in zip((dq, dk, dv), wanted_gpu, strict=True):
-        there.get(out=here)
+        given = _batched(problem, arrays) | {name: x for name, x in optional.items() if x is not None}
+        lengths = _lengths(problem, cu_seqlens_q, cu_seqlens_k)
+        offload.backward(problem, given, _batched(problem, results), lengths, seed)
 
 
 def route(problem: Problem, backend: str, work: float) -> tuple[bool, str]:
@@ -163,13 +144,13 @@ def _canonical_lse(problem: Problem, lse: Array) -> Array:
     return lse if problem.varlen else lse[(None,) * (3 - lse.ndim)]
 
 
-def _upload(x: Array | None) -> Any:
-    import cupy
+def _batched(problem: Problem, arrays: dict[str, Array]) -> dict[str, Array]:
+    """Packed arrays as those of one batch entry."""
+    return {name: x[None] for name, x in arrays.items()} if problem.varlen else arrays
 
-    return None if x is None else cupy.asarray(np.ascontiguousarray(x))
 
-
-def _pointers(alibi: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> dict[str, int]:
-    """The optional device arrays of a launch as its keyword arguments; 0 = not given."""
-    arrays = {"alibi": alibi, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    return {name: 0 if x is None else x.data.ptr for name, x in arrays.items()}
+def _lengths(problem: Problem, cu_seqlens_q: Array | None, cu_seqlens_k: Array | None) -> list[tuple[int, int]]:
+    """The rows and the keys of each sequence."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return [(problem.seqlen_q, problem.seqlen_k)] * problem.batch
+    return [*zip(np.diff(cu_seqlens_q).tolist(), np.diff(cu_seqlens_k).tolist(), strict=True)]

@@ -96,6 +96,9 @@ class Problem:
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     lse_strides: tuple[int, int, int]  # (batch, head, row)
+    # Of a part of a larger call: what is added to its rows' positions, and the (batch, head, row) dropout counts from.
+    shift: int = 0
+    origin: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash(tuple(self.__dict__.values())))
@@ -214,13 +217,24 @@ def contiguous_backward(problem: Problem) -> BackwardProblem:
 
 
 def packed(problem: Problem, device: int) -> Problem:
-    """The same call on C-contiguous copies of its arrays, in the same layout, on another device."""
-    q, k, v = (_contiguous(shape, problem.axes) for shape in (problem.q_shape, problem.k_shape, problem.v_shape))
-    align = _align(16, problem.itemsize, ((0, q), (0, k), (0, v)))
-    slopes = (problem.heads if problem.alibi_strides[0] else 0, 1) if problem.alibi else (0, 0)
+    """The same call on C-contiguous copies of its arrays on another device, dense ones with all four dimensions."""
+    rows = problem.total_q if problem.varlen else problem.seqlen_q
+    axes = _AXES[problem.layout, 3 if problem.varlen else 4]
+    extents = zip(axes, (problem.batch, problem.heads, rows, problem.head_dim_v), strict=True)
+    out_shape = tuple(n for _, n in sorted((axis, n) for axis, n in extents if axis is not None))
+    lse_shape = (problem.heads, rows) if problem.varlen else (problem.batch, problem.heads, rows)
+    lse_strides = (0 if problem.varlen else problem.heads * rows, rows, 1)
+    problem = replace(problem, device=device, out_shape=out_shape, lse_shape=lse_shape, lse_strides=lse_strides)
+    q, k, v = (_contiguous(shape, axes) for shape in (problem.q_shape, problem.k_shape, problem.v_shape))
     return replace(
-        problem, device=device, q_strides=q, k_strides=k, v_strides=v, align=align, alibi_strides=slopes
-    )  # fmt: skip
+        problem,
+        q_strides=q,
+        k_strides=k,
+        v_strides=v,
+        out_strides=_contiguous(out_shape, axes),
+        align=_align(16, problem.itemsize, ((0, q), (0, k), (0, v))),
+        alibi_strides=(problem.heads if problem.alibi_strides[0] else 0, 1) if problem.alibi else (0, 0),
+    )
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

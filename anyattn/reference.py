@@ -8,6 +8,8 @@ x = scale * q k^T, everything is
     out = (P o Z) v                                           Z = keep / (1 - dropout)
     dv = (P o Z)^T dout       dP = (dout v^T) o Z       dS = P o (dP - rowsum(P o dP))
     dX = dS o (1 - tanh^2(x / softcap))       dq = scale * dX k       dk = scale * dX^T q
+
+What is hidden is absent: where P = 0 because row i does not see key j, neither reaches the other's results, NaN or not.
 """
 
 from __future__ import annotations
@@ -48,17 +50,29 @@ class Head:
         """The matrix product."""
         return a @ b
 
+    def product_of_seen(self, a: Floats, b: Floats, hidden: Any) -> Floats:
+        """The product a b without the terms where a is hidden (0 there): 0 * NaN would be NaN."""
+        if np.isfinite(b).all():
+            return self.product(a, b)
+        rows = [row[seen] @ b[seen] for row, seen in zip(a, ~hidden, strict=True)]
+        return np.array(rows).reshape(len(a), b.shape[1])
+
+    def hidden(self, seqlen_q: int, seqlen_k: int) -> npt.NDArray[np.bool_]:
+        """Return (S_q, S_k): which keys the rows do not see."""
+        position = np.arange(seqlen_q)[:, None] + (seqlen_k - seqlen_q)
+        key = np.arange(seqlen_k)[None, :]
+        return (key < position - self.left) | (key > position + self.right)
+
     def scores(self, q: Floats, k: Floats) -> tuple[Floats, Floats]:
         """Return s, -inf where hidden, and its derivative ds/dx, both (S_q, S_k)."""
-        position = np.arange(len(q))[:, None] + (len(k) - len(q))
-        key = np.arange(len(k))[None, :]
+        distance = np.abs(np.arange(len(q))[:, None] + (len(k) - len(q)) - np.arange(len(k))[None, :])
         s = self.stored(self.scale * self.product(q, k.T))
         slope_of_cap = np.ones_like(s)
         if self.softcap is not None:
             tanh = np.tanh(s / self.softcap)
             s, slope_of_cap = self.stored(self.softcap * tanh), 1.0 - tanh * tanh
-        s = self.stored(s - self.slope * np.abs(position - key))
-        s[(key < position - self.left) | (key > position + self.right)] = -np.inf
+        s = self.stored(s - self.slope * distance)
+        s[self.hidden(len(q), len(k))] = -np.inf
         return s, slope_of_cap
 
     def softmax(self, s: Floats) -> tuple[Floats, Floats]:
@@ -69,7 +83,7 @@ class Head:
         total = weights.sum(axis=1)
         with np.errstate(divide="ignore"):
             lse = shift + np.log(total)
-        return self.stored(weights / np.where(total > 0.0, total, 1.0)[:, None]), lse
+        return self.stored(weights / np.where(total == 0.0, 1.0, total)[:, None]), lse
 
     def dropout_factor(self, s: Floats) -> Floats:
         """Return Z, of the shape of s."""
@@ -82,15 +96,20 @@ class Head:
         """Return out (S_q, D_v) and the LSE (S_q,)."""
         q, k, v = map(self.stored, (q, k, v))
         p, lse = self.softmax(self.scores(q, k)[0])
-        return self.stored(self.product(self.stored(p * self.dropout_factor(p)), v)), lse
+        p = self.stored(p * self.dropout_factor(p))
+        return self.stored(self.product_of_seen(p, v, self.hidden(len(q), len(k)))), lse
 
     def backward(self, dout: Floats, q: Floats, k: Floats, v: Floats) -> tuple[Floats, Floats, Floats]:
         """Return dq, dk and dv."""
         s, slope_of_cap = self.scores(q, k)
-        p, z = self.softmax(s)[0], self.dropout_factor(s)
+        p, z, hidden = self.softmax(s)[0], self.dropout_factor(s), self.hidden(len(q), len(k))
+        p[hidden] = 0.0
         dp = (dout @ v.T) * z
+        dp[hidden] = 0.0
         dx = p * (dp - (p * dp).sum(axis=1, keepdims=True)) * slope_of_cap
-        return self.scale * (dx @ k), self.scale * (dx.T @ q), (p * z).T @ dout
+        dx[hidden] = 0.0
+        dq, dk = self.product_of_seen(dx, k, hidden), self.product_of_seen(dx.T, q, hidden.T)
+        return self.scale * dq, self.scale * dk, self.product_of_seen((p * z).T, dout, hidden.T)
 
 
 def _heads(
