@@ -22,26 +22,27 @@ struct Softmax {
   // scores -> exp2(factor * (score - new maximum)), while l and the output accumulators move under the new maximum.
   template <int N, int N_OUT>
   __device__ __forceinline__ void update(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
-    Accum shrink[2 * M];
+    Accum before[2 * M];
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       Accum& maximum = m[i / 2][i % 2];
-      const Accum before = maximum;
+      before[i] = maximum;
       Accum top = s[i / 2][0][i % 2 * 2];
 #pragma unroll
       for (int j = 1; j < 2 * N; ++j) top = max(top, s[i / 2][j / 2][i % 2 * 2 + j % 2]);
-      maximum = max(before, max_of_row(top));
-      // Exactly 1 where the maximum stays: anything else would add up over the blocks.
-      shrink[i] = before == maximum ? 1 : exp2_fast((before - maximum) * factor);
-      moved |= before != maximum;
+      maximum = max(before[i], max_of_row(top));
+      moved |= before[i] != maximum;
     }
     if (__any_sync(~0u, moved)) {  // seldom, after the first blocks
 #pragma unroll
       for (int i = 0; i < 2 * M; ++i) {
-        l[i / 2][i % 2] *= shrink[i];
+        const Accum maximum = m[i / 2][i % 2];
+        // Exactly 1 where the maximum stays: anything else would add up over the blocks.
+        const Accum shrink = before[i] == maximum ? 1 : exp2_fast((before[i] - maximum) * factor);
+        l[i / 2][i % 2] *= shrink;
 #pragma unroll
-        for (int j = 0; j < 2 * N_OUT; ++j) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= shrink[i];
+        for (int j = 0; j < 2 * N_OUT; ++j) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= shrink;
       }
     }
 #pragma unroll
