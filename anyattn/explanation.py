@@ -8,7 +8,8 @@ from math import prod
 from typing import Any
 
 from anyattn import compile as compiler
-from anyattn import host, launch, plan
+from anyattn import cpu, host, launch, offload, plan
+from anyattn.chunks import parts
 from anyattn.compile import CompileError
 from anyattn.plan import Device, UnsupportedError
 from anyattn.problem import DTYPES, Options, Problem, View, contiguous_backward, dense, packed, place, varlen
@@ -74,28 +75,29 @@ def explain(problem: Problem, backend: str, device: Device | None = None) -> Exp
 
 
 def _pass(problem: Problem, backend: str, device: Device | None, backward: bool) -> Pass:
-    where, why = None, ""
+    where, why, notes = None, "", []
     try:
         if problem.device >= 0:
             on_gpu, why = True, "the arrays are in GPU memory"
         else:
             on_gpu, why = host.route(problem, backend, host.BACKWARD_WORK if backward else 1.0)
         if not on_gpu:
-            function = f"anyattn.cpu.{'backward' if backward else 'forward'}"
-            return Pass("cpu", why, (), 0, (), (f"{function}, in NumPy",), None)
+            function, threads = f"anyattn.cpu.{'backward' if backward else 'forward'}", cpu._thread_count(problem)
+            return Pass("cpu", why, (), 0, (), (f"{function}, in NumPy, threads: {threads}",), None)
         if problem.device < 0:
-            problem = packed(problem, _current_device())
+            problem, count = _first_part(problem, backward)
+            notes = [f"in {count} parts, copied beside kernels; these are the first part's"] * (count > 1)
         where = f"cuda:{problem.device}"
         if device is None:
             device = launch.device(problem.device)
         where += f" ({device.arch})"
         chosen = plan.backward(contiguous_backward(problem), device) if backward else plan.forward(problem, device)
-    except (UnsupportedError, CompileError) as error:
+    except (UnsupportedError, CompileError, MemoryError) as error:
         return Pass(where, why, (), 0, (), (), str(error))
     built = [_build(kernel) for kernel in chosen.kernels]
     failure = next((reason for _, reason in built if reason), None)
     launches = tuple(used for used, _ in built)
-    return Pass(where, why, launches, chosen.workspace_bytes, chosen.refused, _notes(problem), failure)
+    return Pass(where, why, launches, chosen.workspace_bytes, chosen.refused, (*notes, *_notes(problem)), failure)
 
 
 def _build(kernel: plan.Kernel) -> tuple[Launch, str | None]:
@@ -114,17 +116,23 @@ def _build(kernel: plan.Kernel) -> tuple[Launch, str | None]:
     return Launch(kernel.name, tile, features, kernel.grid, kernel.threads, shared_bytes, *numbers), failure
 
 
-def _notes(problem: Problem) -> tuple[str, ...]:
+def _first_part(problem: Problem, backward: bool) -> tuple[Problem, int]:
+    """What a GPU gets of a call on host arrays at a time, and how often. Packed sequences count as one here."""
+    import cupy
+
+    device = int(cupy.cuda.runtime.getDevice())
+    if problem.varlen:
+        return packed(problem, device), 1
+    lengths = [(problem.seqlen_q, problem.seqlen_k)] * problem.batch
+    whole = parts(problem, device, lengths, offload._free_bytes(), backward)
+    return (whole[0].problem, len(whole)) if whole else (packed(problem, device), 1)
+
+
+def _notes(problem: Problem) -> list[str]:
     notes = [f"{name}={value}" for name in ("ANYATTN_KERNEL", "ANYATTN_TILES") if (value := os.environ.get(name))]
     if problem.align < 16:
         notes.append(f"pointers and strides of q, k and v allow copies of {problem.align} bytes; 16 would be faster")
-    return tuple(notes)
-
-
-def _current_device() -> int:
-    import cupy
-
-    return int(cupy.cuda.runtime.getDevice())
+    return notes
 
 
 # --------------------------------------------------------------------------------------------------------------- text

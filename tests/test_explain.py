@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import anyattn
-from anyattn import cli, explanation, host, launch, plan
+from anyattn import cli, cpu, explanation, host, launch, offload, plan
 from anyattn import compile as compiler
 from anyattn.compile import CompileError
 from anyattn.explanation import Explanation, Pass, parse
@@ -40,6 +40,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(launch, "device", lambda ordinal: ada)
     runtime = SimpleNamespace(getDevice=lambda: 0)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(offload, "_free_bytes", lambda: 16 << 30)
     return ada
 
 
@@ -142,8 +143,9 @@ def test_backend_cpu() -> None:
     told = anyattn.explain(q, q, q, backend="cpu")
     for part in (told.forward, told.backward):
         assert (part.device, part.why, part.kernels) == ("cpu", "backend='cpu'", ())
-    assert "anyattn.cpu.forward, in NumPy" in str(told)
-    assert "anyattn.cpu.backward, in NumPy" in str(told)
+    threads = cpu._thread_count(explanation.parse("2,300,4,64,host")[0])
+    assert f"anyattn.cpu.forward, in NumPy, threads: {threads}\n" in str(told)
+    assert f"anyattn.cpu.backward, in NumPy, threads: {threads}" in str(told)
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -161,13 +163,27 @@ def test_large_enough_but_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.why == "there is enough work for a GPU, but there is no GPU in this test"
 
 
-def test_over_a_gpu(a_gpu: Device) -> None:
+@pytest.mark.usefixtures("a_gpu")
+def test_over_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, backend, _ = parse("4,8192,16,64,float32,host")
     told = explanation.explain(problem, backend)
     assert told.forward.device == "cuda:0 (sm_89)"
     assert "but enough work: a GPU would take" in told.forward.why
     assert [used.kernel for used in told.forward.kernels] == ["forward_sm80"]
     assert [used.kernel for used in told.backward.kernels] == ["backward_delta", "backward_sm80", "backward_dq"]
+    [note] = told.forward.notes
+    count = int(note.removeprefix("in ").partition(" parts, copied beside kernels")[0])
+    assert count > 1
+    rows = told.forward.kernels[0].tile["BLOCK_M"] * told.forward.kernels[0].grid
+    assert rows == pytest.approx(4 * 8192 * 16 / count, rel=0.5)
+
+    assert explain("1,8192,16,64,float32,host,backend=cpu").forward.device == "cpu"
+    packed = parse("4,8192,16,64,float32,host,varlen")[0]
+    assert explanation.explain(packed, "cuda").forward.notes == ()
+    monkeypatch.setattr(offload, "_free_bytes", lambda: 1 << 10)
+    starved = explanation.explain(problem, "cuda").forward
+    assert starved.kernels == ()
+    assert starved.error
 
 
 def test_what_is_told_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
