@@ -39,6 +39,7 @@ PARAMS = np.dtype(
         *((name, np.float64) for name in ("scale", "softcap", "keep_scale")),
         ("drop_below", np.uint32),
         *((name, np.int32) for name in ("batch", "heads", "heads_kv", "group", "seqlen_q", "seqlen_k")),
+        *((name, np.int32) for name in ("shift", "first_batch", "first_head", "first_row")),
         *((name, np.int32) for name in ("total_q", "total_k", "left", "right", "row_blocks", "key_blocks")),
     ],
     align=True,
@@ -173,6 +174,7 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
         params[name] = getattr(problem, name)
     params["group"] = problem.heads // max(1, problem.heads_kv)
     params["left"], params["right"] = (min(side, 2**30 - 1) for side in (problem.left, problem.right))
+    params["shift"], (params["first_batch"], params["first_head"], params["first_row"]) = problem.shift, problem.origin
     params["keep_scale"] = 1.0 / (1.0 - problem.dropout)
     params["drop_below"] = int(problem.dropout * 2**32)
     params["row_blocks"], params["key_blocks"] = chosen.row_blocks, chosen.key_blocks

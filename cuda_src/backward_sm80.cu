@@ -13,6 +13,10 @@
 // P and dS go through shared memory, so each of the three kinds of product splits over the warps in the way that
 // reads least: S and dP in S_WARPS_M x S_WARPS_N parts, dK and dV in KV_WARPS_N x KV_WARPS_D, dQ in Q_WARPS_M x
 // Q_WARPS_D.
+//
+// What a row does not see must not reach its dQ, nor the row the dK and dV of a key that it does not see.  Hidden
+// entries of P and dS are 0, but 0 * NaN and 0 * inf are NaN: where one of the operands isn't finite, and some entries
+// are hidden, add_visible() takes the place of the products.
 #include "band.cuh"
 #include "dq_accum.cuh"
 #include "dropout.cuh"
@@ -56,6 +60,40 @@ struct Turn {
     if (threadIdx.x == 0) add_release(ticket, 1);
   }
 };
+
+// Whether a product A B had a NaN or inf in A or B: it spoils a row or a column, so one of each tells.
+template <int M, int N>
+__device__ __forceinline__ bool any_non_finite(const Accum (&x)[M][N][4]) {
+  Accum zero = 0;
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) zero += x[0][i / 2][i % 2] * 0;
+#pragma unroll
+  for (int i = 1; i < 2 * M; ++i) zero += x[i / 2][0][i % 2 * 2] * 0;
+  return zero != 0;
+}
+
+// acc += A B for A = P or dS [rows, keys], or their transpose, without the entries of A that are hidden.
+template <bool TRANSPOSED, int M, int N, class T>
+__device__ __forceinline__ void add_visible(Accum (&acc)[M][N][4], const TileP& a, int a_start, const T& b, int b_start,
+                                            const Band& band, int first_row, int first_key) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {  // a few columns at a time: there are no registers for more
+    const int lane = recompute(threadIdx.x) % 32, outer0 = a_start + lane / 4, col = b_start + 8 * n + lane % 4 * 2;
+#pragma unroll 1
+    for (int depth = 0; depth < (TRANSPOSED ? BLOCK_M : BLOCK_N); ++depth) {
+      const Accum y[2] = {load_element<Element>(b.address(depth, col * int(sizeof(Element)))),
+                          load_element<Element>(b.address(depth, (col + 1) * int(sizeof(Element))))};
+#pragma unroll
+      for (int i = 0; i < 2 * M; ++i) {
+        const int outer = outer0 + 8 * i, row = TRANSPOSED ? depth : outer, key = TRANSPOSED ? outer : depth;
+        if (!band.sees(first_row + row, first_key + key)) continue;
+        const Accum x = load_element<Element>(a.address(row, key * int(sizeof(Element))));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) acc[i / 2][n][i % 2 * 2 + j] += x * y[j];
+      }
+    }
+  }
+}
 
 // Writes a gradient out through a tile that no one else uses any more.
 template <int WIDTH, class T, int M, int N>
@@ -149,6 +187,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
     __syncthreads();  // Q, dO, LSE and delta are here, and everyone is done with the previous P and dS
     if (STAGES == 2 && steps > 1) load_rows(next(step));
 
+    const bool masked =
+        !band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N);
+    bool spoilt = false;  // whether a hidden entry may be, or meet, something that isn't finite
     if (s_active) {
       constexpr int M = S_ROWS / 16, N = S_KEYS / 8;
       const int row0 = first_row + s_row + lane / 4,
@@ -157,11 +198,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
       gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem, s_row),
                                 SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
       score.select_head(p, batch, step.head);
+      if (masked) spoilt |= any_non_finite(s);
       score.apply(s, row0, key0);
-      if (!band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N))
-        band.mask(s, row0, key0);
+      if (masked) band.mask(s, row0, key0);
       gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem, s_row),
                                  SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
+      if (masked) spoilt |= any_non_finite(dp);
 
       // Rows past the end, and rows that see nothing, get an LSE of +inf: their P is 0.
       Accum lse_rmem[M][2], delta_rmem[M][2];
@@ -172,6 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
         Accum& lse = lse_rmem[i / 2][i % 2];
         load_shared(lse, from);
         load_shared(delta_rmem[i / 2][i % 2], from + BLOCK_M * int(sizeof(Accum)));
+        if (masked) spoilt |= !(lse < -minus_infinity<Accum>()) || !is_finite(delta_rmem[i / 2][i % 2]);
         const bool absent = lse == minus_infinity<Accum>() || row0 + 8 * i >= sequence.seqlen_q;
         lse = absent ? -minus_infinity<Accum>() : lse * static_cast<Accum>(LOG2E);
       }
@@ -200,24 +243,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
         ds_smem.store_pair(row, key, dp[m][n][2 * half], dp[m][n][2 * half + 1]);
       }
     }
-    __syncthreads();  // P and dS are here
+    bool careful = false;
+    if (masked)
+      careful = __syncthreads_or(spoilt);  // P and dS are here
+    else
+      __syncthreads();
 
     const DqAccum dq_accum(p, sequence, step.head, step.block_m);
     QFragments dq = {};
-    if (q_active)
+    if (q_active && !careful)
       gemm<Element, BLOCK_N / K_STEP>(dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, q_row),
                                       SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, q_part * Q_COLUMNS));
+    else if (q_active)
+      add_visible<false>(dq, ds_smem, q_row, k_smem, q_part * Q_COLUMNS, band, first_row, first_key);
     const Turn turn{p.tickets + dq_accum.block, block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
     if constexpr (DETERMINISTIC) turn.wait();
     if (q_active) dq_accum.add(dq);
     if constexpr (DETERMINISTIC) turn.pass();
 
-    if (kv_active) {
+    if (kv_active && !careful) {
       constexpr int STEPS = BLOCK_M / K_STEP;
       gemm<Element, STEPS>(dv, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(p_smem, kv_key),
                            SharedOperand<Side::B, Major::MN, V_COLUMNS, TileO>(dout_smem, kv_part * V_COLUMNS));
       gemm<Element, STEPS>(dk, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(ds_smem, kv_key),
                            SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(q_smem, kv_part * K_COLUMNS));
+    } else if (kv_active) {
+      add_visible<true>(dv, p_smem, kv_key, dout_smem, kv_part * V_COLUMNS, band, first_row, first_key);
+      add_visible<true>(dk, ds_smem, kv_key, q_smem, kv_part * K_COLUMNS, band, first_row, first_key);
     }
 
     if (STAGES == 1 && steps > 1) {

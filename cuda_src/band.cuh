@@ -7,10 +7,18 @@ struct Band {
   int offset, seqlen_q, seqlen_k;
 
   __device__ __forceinline__ Band(const Params& p, const Sequence& s)
-      : left(p.left), right(p.right), offset(s.seqlen_k - s.seqlen_q), seqlen_q(s.seqlen_q), seqlen_k(s.seqlen_k) {}
+      : left(p.left),
+        right(p.right),
+        offset(s.seqlen_k - s.seqlen_q + p.shift),
+        seqlen_q(s.seqlen_q),
+        seqlen_k(s.seqlen_k) {}
 
   __device__ __forceinline__ int low(int row) const { return max(0, row + offset - left); }
   __device__ __forceinline__ int high(int row) const { return max(0, min(seqlen_k, row + offset + right + 1)); }
+
+  __device__ __forceinline__ bool sees(int row, int key) const {
+    return row < seqlen_q && key >= low(row) && key < high(row);
+  }
 
   // Scores of keys that a row does not see become -inf.  The lane's first entry is that of row0 and key0.
   template <int M, int N, class Accum>

@@ -50,6 +50,20 @@ __device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(stat
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 
+__device__ __forceinline__ float16 narrow(float x, float16) {
+  return {static_cast<unsigned short>(pack(x, x, float16{}))};
+}
+__device__ __forceinline__ bfloat16 narrow(float x, bfloat16) {
+  return {static_cast<unsigned short>(pack(x, x, bfloat16{}))};
+}
+__device__ __forceinline__ float narrow(float x, float) { return x; }
+__device__ __forceinline__ double narrow(double x, double) { return x; }
+
+template <class A>
+__device__ __forceinline__ bool is_finite(A x) {
+  return x * 0 == 0;
+}
+
 // 2^x: one instruction for floats (relative error 2^-22).
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -15,6 +15,7 @@
 // part of the columns.
 #include "band.cuh"
 #include "dropout.cuh"
+#include "forward_row.cuh"
 #include "gemm.cuh"
 #include "score.cuh"
 #include "sequence.cuh"
@@ -117,7 +118,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
     gemm<Element, BLOCK_N / K_STEP>(o, p_operand, v_operand);
   }
 
-  __syncthreads();  // shared memory is free for O
+  // A NaN or inf in the V of a key that only some rows see has spoilt its column in all of them: any row tells.
+  Accum zero = 0;
+  const Band::Blocks all = band.key_blocks(recompute(first_row), BLOCK_M, BLOCK_N);
+  if (!band.all_see(first_row, last_row, all.begin * BLOCK_N, min(all.end * BLOCK_N, sequence.seqlen_k))) {
+#pragma unroll
+    for (int i = 0; i < 2 * N_OUT; ++i) zero += o[0][i / 2][i % 2] * 0;
+  }
+  const bool spoilt = __syncthreads_or(zero != 0);  // and shared memory is free for O
   const TileO o_smem{smem};
   Accum* const lse = static_cast<Accum*>(p.lse) + sequence.lse_offset(p, head);
 #pragma unroll
@@ -141,4 +149,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   constexpr int STORE_ROWS = BLOCK_M / WARPS;
   const int store_row = threadIdx.x / 32 * STORE_ROWS;
   store_rows<STORE_ROWS, HEAD_DIM_V>(o_smem, store_row, out, first_row + store_row);
+  if (spoilt) {
+    __syncwarp();
+    for (int row = first_row + store_row; row <= min(first_row + store_row + STORE_ROWS - 1, last_row); ++row)
+      forward_row(p, batch, head, row);
+  }
 }

@@ -17,11 +17,13 @@ struct Params {
   Strides q_strides, k_strides, v_strides, out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
   long long lse_batch, lse_head, lse_row;  // strides of lse
   long long alibi_batch, alibi_head;
-  double scale, softcap, keep_scale;  // keep_scale = 1 / (1 - dropout)
-  unsigned drop_below;                // an entry is dropped if its 32 random bits are less
-  int batch, heads, heads_kv, group;  // group = query heads for each head of K and V
-  int seqlen_q, seqlen_k;             // varlen: the longest
-  int total_q, total_k;               // varlen: rows in all
-  int left, right;                    // the window
-  int row_blocks, key_blocks;         // blocks of rows and of keys for each head
+  double scale, softcap, keep_scale;       // keep_scale = 1 / (1 - dropout)
+  unsigned drop_below;                     // an entry is dropped if its 32 random bits are less
+  int batch, heads, heads_kv, group;       // group = query heads for each head of K and V
+  int seqlen_q, seqlen_k;                  // varlen: the longest
+  int shift;                               // of rows against keys, where the call is a part of a larger one
+  int first_batch, first_head, first_row;  // which ones of the larger call it begins with: for dropout
+  int total_q, total_k;                    // varlen: rows in all
+  int left, right;                         // the window
+  int row_blocks, key_blocks;              // blocks of rows and of keys for each head
 };

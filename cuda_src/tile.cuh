@@ -43,12 +43,25 @@ struct Tile {
   }
 };
 
+// One element in shared memory, widened.
+template <class E>
+__device__ __forceinline__ typename Traits<E>::Accum load_element(unsigned address) {
+  E x;
+  if constexpr (IS_16BIT<E>)
+    load_shared(x.bits, address);
+  else
+    load_shared(x, address);
+  return widen(x);
+}
+
 // A matrix in global memory: element (r, c) at origin[r * row_stride + c * col_stride].
 template <class E>
 struct Rows {
   E* origin;
   long long row_stride, col_stride;
   int rows;  // how many there are
+
+  __device__ __forceinline__ E& at(int row, int column) const { return origin[row * row_stride + column * col_stride]; }
 };
 
 // The same value, but what depends on it is computed anew: cheaper than to hold it in registers across a main loop.

@@ -18,6 +18,9 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&w)[4], unsig
                : "r"(address));
 }
 
+__device__ __forceinline__ void load_shared(unsigned short& x, unsigned address) {
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(address));
+}
 __device__ __forceinline__ void load_shared(float& x, unsigned address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));
 }
