@@ -67,6 +67,7 @@ class _Arguments(threading.local):
         self.params = ctypes.create_string_buffer(bytes(_POINTERS.size) + constants)  # constants lie behind pointers
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.params))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
+        self.used = False
 
 
 def forward(
@@ -220,7 +221,9 @@ def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None
     cuda, arguments = _cuda(), prepared.arguments
     _POINTERS.pack_into(arguments.params, 0, *pointers)
     current = cuda.runtime.getDevice()
-    cuda.runtime.setDevice(prepared.device)  # even if it is current: a new thread has no context yet
+    if current != prepared.device or not arguments.used:  # to a new thread it also gives the device's context
+        cuda.runtime.setDevice(prepared.device)
+        arguments.used = True
     try:
         for function, blocks, threads, shared_bytes in prepared.launches:
             # The driver's own function: a Function would take as long again to look at what it is given.

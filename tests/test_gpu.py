@@ -377,6 +377,21 @@ def test_threads_on_streams_of_their_own(job: Job) -> None:
             done.result()
 
 
+@pytest.mark.parametrize("job", [STREAM_JOB], ids=str)
+def test_thread_that_never_used_the_gpu(job: Job) -> None:
+    call = Call(job.inputs(), deterministic=True)
+    call.forward()
+    call.backward()
+    results = call.results()
+    for memory in call.outputs.values():
+        memory.poison()
+    cupy.cuda.runtime.deviceSynchronize()
+    for launches in (call.forward, call.backward):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(launches).result()
+    assert_same(call.results(), results)
+
+
 # --- determinism and dropout -----------------------------------------------------------------------------------------
 
 
