@@ -9,13 +9,14 @@ import ctypes
 import functools
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anyattn import compile as compiler
-from anyattn import plan
+from anyattn import plan, tensormap
 from anyattn.log import info_once, log
 from anyattn.plan import Device, Plan, UnsupportedError
 from anyattn.problem import BackwardProblem, Problem
@@ -40,14 +41,18 @@ PARAMS = np.dtype(
         ("drop_below", np.uint32),
         *((name, np.int32) for name in ("batch", "heads", "heads_kv", "group", "seqlen_q", "seqlen_k")),
         *((name, np.int32) for name in ("shift", "first_batch", "first_head", "first_row")),
-        *((name, np.int32) for name in ("total_q", "total_k", "left", "right", "row_blocks", "key_blocks")),
+        *((name, np.int32) for name in ("total_q", "total_k", "left", "right", "row_blocks", "key_blocks", "section")),
     ],
     align=True,
 )
+# The tensor maps that may follow, in the order of TmaParams.
+_MAPS = ("q", "k", "v", "dout")
+_MAPS_START = -(-PARAMS.itemsize // 64) * 64
 PRELUDE = f"""\
 #include "element.cuh"
 #include "params.cuh"
-static_assert(sizeof(Params) == {PARAMS.itemsize});"""
+static_assert(sizeof(Params) == {PARAMS.itemsize});
+static_assert(sizeof(TmaParams) == {_MAPS_START + len(_MAPS) * tensormap.BYTES});"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class _Prepared:
     plan: Plan
     launches: tuple[tuple[Any, int, int, int], ...]  # function, blocks, threads of a block, bytes of shared memory
     arguments: _Arguments
+    maps: tuple[Callable[[tuple[int, ...]], bytes], ...]  # from the pointers, the tensor maps behind Params
     device: int
 
 
@@ -64,7 +70,9 @@ class _Arguments(threading.local):
     """A kernel's only argument, Params, in host memory; every thread has its own, to fill in for each launch."""
 
     def __init__(self, constants: bytes) -> None:
-        self.params = ctypes.create_string_buffer(bytes(_POINTERS.size) + constants)  # constants lie behind pointers
+        content = bytes(_POINTERS.size) + constants
+        self.params = ctypes.create_string_buffer(content, len(content))
+        self.mapped: tuple[int, ...] = ()  # the pointers whose tensor maps it holds: to encode them takes microseconds
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.params))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
         self.used = False
@@ -143,7 +151,7 @@ def device(ordinal: int) -> Device:
     if reason := compiler.driver_problem(_cuda().runtime.driverGetVersion()):
         raise UnsupportedError(reason)
     arch = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-    return Device(arch, properties["sharedMemPerBlockOptin"])
+    return Device(arch, properties["sharedMemPerBlockOptin"], properties["multiProcessorCount"])
 
 
 # ------------------------------------------------------------------------------------------------ behind the cache
@@ -179,6 +187,7 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
     params["keep_scale"] = 1.0 / (1.0 - problem.dropout)
     params["drop_below"] = int(problem.dropout * 2**32)
     params["row_blocks"], params["key_blocks"] = chosen.row_blocks, chosen.key_blocks
+    params["section"] = min(chosen.section, 2**30)
     return params
 
 
@@ -194,7 +203,28 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
         )
         for kernel in chosen.kernels
     )
-    return _Prepared(chosen, launches, _Arguments(params.tobytes()[_POINTERS.size :]), problem.device)
+    constants = params.tobytes()[_POINTERS.size :]
+    maps: tuple[Callable[[tuple[int, ...]], bytes], ...] = ()
+    if chosen.boxes:
+        constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS.size, b"\0")
+        maps = tuple(_map(problem, name, params, dict(chosen.boxes).get(name)) for name in _MAPS)
+    return _Prepared(chosen, launches, _Arguments(constants), maps, problem.device)
+
+
+def _map(
+    problem: Problem, name: str, params: np.ndarray[Any, Any], box_rows: int | None
+) -> Callable[[tuple[int, ...]], bytes]:
+    """How to make an array's tensor map once its pointer is known; zeros if the kernel asks for none."""
+    if box_rows is None:
+        return lambda pointers: bytes(tensormap.BYTES)
+    keys = name in ("k", "v")
+    heads = problem.heads_kv if keys else problem.heads
+    rows = (problem.total_k or problem.seqlen_k) if keys else (problem.total_q or problem.seqlen_q)
+    columns = problem.head_dim if name in ("q", "k") else problem.head_dim_v
+    extents = (problem.batch, heads, rows, columns)
+    strides = tuple(params[f"{name}_strides"].tolist())
+    index = POINTERS.index(name)
+    return lambda pointers: tensormap.encode(pointers[index], problem.dtype, extents, strides, box_rows)
 
 
 @functools.cache
@@ -220,6 +250,9 @@ def _cuda() -> Any:
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
     cuda, arguments = _cuda(), prepared.arguments
     _POINTERS.pack_into(arguments.params, 0, *pointers)
+    if prepared.maps and arguments.mapped != pointers[: len(_MAPS)]:
+        arguments.params[_MAPS_START:] = b"".join([make(pointers) for make in prepared.maps])
+        arguments.mapped = pointers[: len(_MAPS)]
     current = cuda.runtime.getDevice()
     if current != prepared.device or not arguments.used:  # to a new thread it also gives the device's context
         cuda.runtime.setDevice(prepared.device)

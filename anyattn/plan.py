@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from anyattn import tensormap, wgmma
 from anyattn.compile import Spec
-from anyattn.problem import ITEMSIZE, BackwardProblem, Problem
+from anyattn.problem import ITEMSIZE, UNBOUNDED, BackwardProblem, Problem
 
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
 
 MAX_GRID = 2**31 - 1
-FAMILIES = ("sm80",)  # of kernels, the best first; $ANYATTN_KERNEL names one to use whatever the GPU
+FAMILIES = ("sm90", "sm80")  # of kernels, the best first; $ANYATTN_KERNEL names one to use in place of the best
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}  # in cuda_src
 
 
@@ -31,6 +33,7 @@ class Device:
 
     arch: str  # "sm_80", "sm_90a", ...
     shared_bytes: int  # the most one thread block may ask for
+    multiprocessors: int = 132
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Plan:
     delta_bytes: int = 0  # parts of the workspace, one after another
     dq_accum_bytes: int = 0
     ticket_bytes: int = 0
+    section: int = 0  # heads whose tiles are worked on together
+    boxes: tuple[tuple[str, int], ...] = ()  # arrays that go through tensor maps, and how many rows at a time
     refused: tuple[tuple[str, str], ...] = ()  # better families of kernels that don't take this call, and why
 
     @property
@@ -69,19 +74,118 @@ class Plan:
 @functools.lru_cache(maxsize=4096)
 def forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call. Raises UnsupportedError."""
-    name = f"forward_{_family()}"
-    tile = _tile(name, problem, device, _forward_shared)
-    blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"])
-    constants = {**_problem_constants(problem, problem.align), **_tile_constants(tile), "SHARED_BYTES": tile["shared"]}
-    kernel = _kernel(name, constants, device, blocks * problem.heads * problem.batch)
-    return Plan((kernel,) if kernel.grid else (), row_blocks=blocks, key_blocks=0)
+    return _choose({"sm90": _forward_sm90, "sm80": _forward_sm80}, problem, device)
 
 
 @functools.lru_cache(maxsize=4096)
 def backward(bp: BackwardProblem, device: Device) -> Plan:
     """The plan of a backward call: delta, the gradients, dQ from its accumulator. Raises UnsupportedError."""
-    problem, name = bp.problem, f"backward_{_family()}"
-    tile = _tile(name, problem, device, _backward_shared)
+    return _choose({"sm80": _backward_sm80}, bp, device)
+
+
+_Call = TypeVar("_Call", Problem, BackwardProblem)
+
+
+def _choose(planners: Mapping[str, Callable[[_Call, Device], Plan]], call: _Call, device: Device) -> Plan:
+    """The plan of the best family that takes the call."""
+    forced = os.environ.get("ANYATTN_KERNEL")
+    if forced and forced not in FAMILIES:
+        raise UnsupportedError(f"ANYATTN_KERNEL must be one of {', '.join(FAMILIES)}, got {forced!r}")
+    refused: list[tuple[str, str]] = []
+    for family in (forced,) if forced and forced in planners else FAMILIES:
+        try:
+            if family in planners:
+                return replace(planners[family](call, device), refused=tuple(refused))
+        except UnsupportedError as error:
+            refused.append((family, str(error)))
+    raise UnsupportedError("; ".join(f"the {family} kernels: {reason}" for family, reason in refused))
+
+
+# ------------------------------------------------------------------------------------------------ Hopper
+
+
+def _forward_sm90(problem: Problem, device: Device) -> Plan:
+    _check_tma(problem, device)
+    tile = _tile("forward_sm90", problem, device, _forward_sm90_shared)
+    consumers = tile["CONSUMERS"]
+    producer_registers, consumer_registers = REGISTERS[consumers]
+    constants = {
+        **_problem_constants(problem, problem.align),
+        **_tile_constants(tile),
+        "PRODUCER_REGISTERS": producer_registers,
+        "CONSUMER_REGISTERS": consumer_registers,
+        "SHARED_BYTES": tile["shared"],
+    }
+    row_blocks = _blocks(problem.seqlen_q, 64 * consumers)
+    tiles = row_blocks * problem.heads * problem.batch
+    if tiles > MAX_GRID:
+        raise UnsupportedError(f"{tiles} tiles are more than {MAX_GRID}")
+    # Only the device knows the lengths of packed sequences: then a thread block takes one tile, and the GPU balances.
+    grid = tiles if problem.varlen else min(tiles, device.multiprocessors)
+    products = wgmma.functions(problem.dtype, (tile["BLOCK_N"], _padded(problem.head_dim_v, 16)))
+    kernel = _kernel("forward_sm90", constants, device, grid, 128 * (1 + consumers), products)
+    return Plan(
+        (kernel,) if grid else (),
+        row_blocks,
+        key_blocks=0,
+        section=_section(problem, row_blocks, device),
+        boxes=(("q", 64), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"])),
+    )
+
+
+# Registers of a producer's and of a consumer's thread, by the number of consumers: together no more than the 64 Ki of a
+# multiprocessor, in steps of 8.
+REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
+
+
+def _check_tma(problem: Problem, device: Device) -> None:
+    """Raise UnsupportedError unless kernels that load through the tensor memory accelerator take the call."""
+    if device.arch != "sm_90a":
+        raise UnsupportedError(f"are for Hopper GPUs (sm_90a), this one is {device.arch}")
+    if problem.itemsize != 2:
+        raise UnsupportedError(f"take float16 and bfloat16, not {problem.dtype}")
+    if problem.align < 16:
+        raise UnsupportedError("need q, k and v at multiples of 16 bytes, row by row, with contiguous columns")
+    for name, strides, rows in (
+        ("q", problem.q_strides, problem.total_q or problem.seqlen_q),
+        ("k", problem.k_strides, problem.total_k or problem.seqlen_k),
+        ("v", problem.v_strides, problem.total_k or problem.seqlen_k),
+    ):
+        if reason := tensormap.refusal(strides, rows, problem.itemsize):
+            raise UnsupportedError(f"load through tensor maps, but {name} {reason}")
+
+
+def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
+    d, dv = _padded(problem.head_dim, 64), _padded(problem.head_dim_v, 64)
+    elements = tile["Q_STAGES"] * tile["CONSUMERS"] * 64 * max(d, dv) + tile["STAGES"] * tile["BLOCK_N"] * (d + dv)
+    return int(elements * problem.itemsize + 16 * (2 * tile["Q_STAGES"] + 2 * tile["STAGES"]))
+
+
+def _section(problem: Problem, row_blocks: int, device: Device) -> int:
+    """Heads whose tiles a Hopper kernel orders together.
+
+    One head after the other shares K and V in the level-2 cache. But the tiles of a long one under a causal mask are so
+    unlike that about two rounds of tiles must be ordered by length for all thread blocks to get alike.
+    """
+    unlike = problem.right < UNBOUNDED <= problem.left
+    heads = 2 * device.multiprocessors // row_blocks if unlike and row_blocks > 16 else 1
+    return 1 << max(0, heads.bit_length() - 1)
+
+
+# ------------------------------------------------------------------------------------------------ portable
+
+
+def _forward_sm80(problem: Problem, device: Device) -> Plan:
+    tile = _tile("forward_sm80", problem, device, _forward_shared)
+    blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"])
+    constants = {**_problem_constants(problem, problem.align), **_tile_constants(tile), "SHARED_BYTES": tile["shared"]}
+    kernel = _kernel("forward_sm80", constants, device, blocks * problem.heads * problem.batch, 32 * tile["WARPS"])
+    return Plan((kernel,) if kernel.grid else (), row_blocks=blocks, key_blocks=0)
+
+
+def _backward_sm80(bp: BackwardProblem, device: Device) -> Plan:
+    problem = bp.problem
+    tile = _tile("backward_sm80", problem, device, _backward_shared)
     row_blocks, key_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"]), _blocks(problem.seqlen_k, tile["BLOCK_N"])
     constants = {
         **_problem_constants(problem, bp.align),
@@ -89,15 +193,17 @@ def backward(bp: BackwardProblem, device: Device) -> Plan:
         "DETERMINISTIC": problem.deterministic,
         "SHARED_BYTES": tile["shared"],
     }
-    by_rows = row_blocks * problem.heads * problem.batch
+    by_rows, by_keys = row_blocks * problem.heads * problem.batch, key_blocks * problem.heads_kv * problem.batch
+    threads = 32 * tile["WARPS"]
     shared_names = ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "WARPS", "KV_WARPS_D", "Q_WARPS_M", "Q_WARPS_D")
     sums = {name: constants[name] for name in shared_names}
-    delta = {name: constants[name] for name in ("HEAD_DIM_V", "COPY_BYTES", "DETERMINISTIC")}
+    delta = sums | {name: constants[name] for name in ("HEAD_DIM_V", "COPY_BYTES", "DETERMINISTIC")}
     columns = _padded(problem.head_dim, _backward_parts(tile))
+    convert = sums | {"SHARED_BYTES": tile["BLOCK_M"] * columns * problem.itemsize}
     kernels = (
-        _kernel("backward_delta", sums | delta, device, by_rows),
-        _kernel(name, constants, device, key_blocks * problem.heads_kv * problem.batch),
-        _kernel("backward_dq", sums | {"SHARED_BYTES": tile["BLOCK_M"] * columns * problem.itemsize}, device, by_rows),
+        _kernel("backward_delta", delta, device, by_rows, threads),
+        _kernel("backward_sm80", constants, device, by_keys, threads),
+        _kernel("backward_dq", convert, device, by_rows, threads),
     )
     rows, blocks = problem.seqlen_q * problem.batch, row_blocks * problem.batch
     if problem.varlen:  # a sequence takes one block more than its share at the most
@@ -117,20 +223,21 @@ def default_specs(arch: str) -> list[Spec]:
     """Every kernel with every tile that fits an architecture, for a plain call: what `anyattn compile` builds."""
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}
-    for name, shared in (("forward_sm80", _forward_shared), ("backward_sm80", _backward_shared)):
+    for name, shared, planner in (
+        ("forward_sm90", _forward_sm90_shared, _forward_sm90),
+        ("forward_sm80", _forward_shared, _forward_sm80),
+        ("backward_sm80", _backward_shared, _backward_sm80),
+    ):
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
                 problem = _plain(dtype, tile["head_dim"])
-                if shared(tile, problem) <= device.shared_bytes:
-                    if name == "forward_sm80":
-                        plan = forward(problem, device)
-                    else:
-                        bp = BackwardProblem(
-                            problem, *(problem.out_strides,) * 2, problem.lse_strides, *(problem.out_strides,) * 3,
-                            problem.align, *(problem.out_shape,) * 3,
-                        )  # fmt: skip
-                        plan = backward(bp, device)
-                    specs.update({kernel.spec: None for kernel in plan.kernels})
+                if shared(tile, problem) > device.shared_bytes:
+                    continue
+                call: Any = _plain_backward(problem) if name.startswith("backward") else problem
+                try:
+                    specs.update({kernel.spec: None for kernel in planner(call, device).kernels})
+                except UnsupportedError:
+                    continue  # not a kernel of this architecture
     return list(specs)
 
 
@@ -139,14 +246,6 @@ SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10,
     "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10,
 }  # fmt: skip
-
-
-def _family() -> str:
-    """The kernels to use: those that $ANYATTN_KERNEL names, or the best there are."""
-    name = os.environ.get("ANYATTN_KERNEL") or FAMILIES[0]
-    if name not in FAMILIES:
-        raise UnsupportedError(f"ANYATTN_KERNEL must be one of {', '.join(FAMILIES)}, got {name!r}")
-    return name
 
 
 # ------------------------------------------------------------------------------------------------ tiles
@@ -163,7 +262,7 @@ def _tiles() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def _candidates(kernel: str, dtype: str) -> list[dict[str, Any]]:
-    return _tiles()[kernel]["16-bit" if ITEMSIZE[dtype] == 2 else dtype]
+    return _tiles().get(kernel, {}).get("16-bit" if ITEMSIZE[dtype] == 2 else dtype, [])
 
 
 def _tile(kernel: str, problem: Problem, device: Device, shared: Any) -> dict[str, Any]:
@@ -171,14 +270,20 @@ def _tile(kernel: str, problem: Problem, device: Device, shared: Any) -> dict[st
     head_dim = max(problem.head_dim, problem.head_dim_v)
     least = None
     for tile in _candidates(kernel, problem.dtype):
-        if head_dim <= tile["head_dim"] and tile.get("arch", device.arch) == device.arch:
+        if (
+            head_dim <= tile["head_dim"]
+            and tile.get("arch", device.arch) == device.arch
+            and tile.get("seqlen_q", 0) <= problem.seqlen_q
+        ):
             needed = shared(tile, problem)
             if needed <= device.shared_bytes:
                 return {**tile, "shared": needed}
             least = min(least or needed, needed)
+    if least is None:
+        raise UnsupportedError(f"the tile table has none for {problem.dtype} with head dim {head_dim}")
     raise UnsupportedError(
-        f"{kernel}: {problem.dtype} with head dim {head_dim} needs {least} bytes of shared memory a block, "
-        f"{device.arch} has {device.shared_bytes}"
+        f"{problem.dtype} with head dim {head_dim} needs {least} bytes of shared memory a block, {device.arch} has "
+        f"{device.shared_bytes}"
     )
 
 
@@ -227,13 +332,15 @@ def _tile_constants(tile: dict[str, Any]) -> dict[str, int]:
     return constants
 
 
-def _kernel(name: str, constants: dict[str, Any], device: Device, grid: int) -> Kernel:
+def _kernel(
+    name: str, constants: dict[str, Any], device: Device, grid: int, threads: int, products: str = ""
+) -> Kernel:
     from anyattn.launch import PRELUDE
 
     if grid > MAX_GRID:
         raise UnsupportedError(f"{name}: {grid} thread blocks are more than the {MAX_GRID} a launch may have")
-    spec = Spec(f"{name}.cu", device.arch, tuple(sorted(constants.items())), PRELUDE)
-    return Kernel(spec, grid, 32 * constants["WARPS"], constants.get("SHARED_BYTES", 0))
+    spec = Spec(f"{name}.cu", device.arch, tuple(sorted(constants.items())), PRELUDE + "\n" + products)
+    return Kernel(spec, grid, threads, constants.get("SHARED_BYTES", 0))
 
 
 def _blocks(extent: int, block: int) -> int:
@@ -255,3 +362,10 @@ def _plain(dtype: str, head_dim: int) -> Problem:
     shape = (1, 1024, 8, head_dim)
     view = View(0, shape, (1024 * 8 * head_dim, 8 * head_dim, head_dim, 1), dtype, 0)
     return dense(view, view, view, None, Options())
+
+
+def _plain_backward(problem: Problem) -> BackwardProblem:
+    strides, shape = problem.out_strides, problem.out_shape
+    return BackwardProblem(
+        problem, strides, strides, problem.lse_strides, strides, strides, strides, problem.align, shape, shape, shape
+    )

@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
 
   const Band band(p, sequence);
   const Band::Blocks blocks = band.row_blocks(first_key, BLOCK_N, BLOCK_M);
-  Score<Accum> score(p, band);
+  Score<Accum> score(p);
   const Accum scale = static_cast<Accum>(p.scale), keep_scale = static_cast<Accum>(p.keep_scale);
   const int s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
   const int kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
       Accum s[M][N][4] = {}, dp[M][N][4] = {};            // [S_ROWS, S_KEYS]
       gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem, s_row),
                                 SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
-      score.select_head(p, batch, step.head);
+      score.select(p, band, batch, step.head);
       if (masked) spoilt |= any_non_finite(s);
       score.apply(s, row0, key0);
       if (masked) band.mask(s, row0, key0);

@@ -87,6 +87,18 @@ __device__ __forceinline__ double exp2_fast(double x) {
   return fma(y, r, 1.0) * __hiloint2double((n + 1023) << 20, 0);
 }
 
+// Likewise one instruction each, for results that end in 16 bits: log2(x) and 1 / x.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 template <class A>
 __device__ __forceinline__ A minus_infinity() {
   return -static_cast<A>(__int_as_float(0x7f800000));

@@ -14,8 +14,8 @@ __device__ __forceinline__ void forward_row(const Params& p, int batch, int head
   constexpr int COLUMNS = (HEAD_DIM_V + 31) / 32;  // of one lane
   const Sequence sequence(p, batch);
   const Band band(p, sequence);
-  Score<Accum> score(p, band);
-  score.select_head(p, batch, head);
+  Score<Accum> score(p);
+  score.select(p, band, batch, head);
   const Dropout dropout(p, batch, head);
   const int lane = threadIdx.x % 32, begin = band.low(row), end = band.high(row);
   const auto q = sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head);

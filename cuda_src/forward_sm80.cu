@@ -52,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   if (first_row >= sequence.seqlen_q) return;
 
   const Band band(p, sequence);
-  Score<Accum> score(p, band);
-  score.select_head(p, batch, head);
+  Score<Accum> score(p);
+  score.select(p, band, batch, head);
   const Dropout dropout(p, batch, head);
   const auto q = sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head);
   const int head_kv = head / p.group;

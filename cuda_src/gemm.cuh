@@ -8,8 +8,7 @@
 #include "ptx/mma.cuh"
 #include "tile.cuh"
 
-enum class Side { A, B };    // A: 16 rows of the result; B: 16 columns of it (two n8 products)
-enum class Major { K, MN };  // the direction that is contiguous in shared memory: the depth, or the result's
+enum class Side { A, B };  // A: 16 rows of the result; B: 16 columns of it (two n8 products)
 
 template <class E>
 struct Fragment {

@@ -26,4 +26,15 @@ struct Params {
   int total_q, total_k;                    // varlen: rows in all
   int left, right;                         // the window
   int row_blocks, key_blocks;              // blocks of rows and of keys for each head
+  int section;                             // heads whose tiles are worked on together
+};
+
+struct alignas(64) TensorMap {  // a CUtensorMap, from anyattn/tensormap.py
+  unsigned long long opaque[16];
+};
+
+// Behind them, for kernels that load through the tensor memory accelerator, the arrays in boxes of such a kernel's
+// size.
+struct TmaParams : Params {
+  TensorMap q_map, k_map, v_map, dout_map;
 };

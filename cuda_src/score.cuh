@@ -14,14 +14,15 @@ struct Score {
   Accum scale, softcap, slope, factor;
   int offset;
 
-  __device__ __forceinline__ Score(const Params& p, const Band& band)
+  __device__ __forceinline__ explicit Score(const Params& p)
       : scale(static_cast<Accum>(p.scale)),
         softcap(static_cast<Accum>(p.softcap)),
         slope(0),
         factor(RAW ? static_cast<Accum>(p.scale * LOG2E) : Accum(1)),
-        offset(band.offset) {}
+        offset(0) {}
 
-  __device__ __forceinline__ void select_head(const Params& p, int batch, int head) {
+  __device__ __forceinline__ void select(const Params& p, const Band& band, int batch, int head) {
+    offset = band.offset;
     if constexpr (ALIBI) slope = p.alibi_slopes[batch * p.alibi_batch + head * p.alibi_head];
   }
 

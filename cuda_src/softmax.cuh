@@ -19,44 +19,99 @@ struct Softmax {
     return max(x, __shfl_xor_sync(~0u, x, 2));
   }
 
-  // scores -> exp2(factor * (score - new maximum)), while l and the output accumulators move under the new maximum.
-  template <int N, int N_OUT>
-  __device__ __forceinline__ void update(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
-    Accum before[2 * M];
+  // The maximum of these scores too.  Returns whether that of any row of the warp moved: only then is `shrink` set, by
+  // which all that was accumulated must be multiplied.
+  template <int N>
+  __device__ __forceinline__ bool raise_maximum(const Accum (&s)[M][N][4], Accum (&shrink)[M][2], Accum factor) {
+    Accum before[M][2];
     bool moved = false;
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       Accum& maximum = m[i / 2][i % 2];
-      before[i] = maximum;
+      before[i / 2][i % 2] = maximum;
       Accum top = s[i / 2][0][i % 2 * 2];
 #pragma unroll
       for (int j = 1; j < 2 * N; ++j) top = max(top, s[i / 2][j / 2][i % 2 * 2 + j % 2]);
-      maximum = max(before[i], max_of_row(top));
-      moved |= before[i] != maximum;
+      maximum = max(maximum, max_of_row(top));
+      moved |= before[i / 2][i % 2] != maximum;
     }
-    if (__any_sync(~0u, moved)) {  // seldom, after the first blocks
-#pragma unroll
-      for (int i = 0; i < 2 * M; ++i) {
-        const Accum maximum = m[i / 2][i % 2];
-        // Exactly 1 where the maximum stays: anything else would add up over the blocks.
-        const Accum shrink = before[i] == maximum ? 1 : exp2_fast((before[i] - maximum) * factor);
-        l[i / 2][i % 2] *= shrink;
-#pragma unroll
-        for (int j = 0; j < 2 * N_OUT; ++j) o[i / 2][j / 2][i % 2 * 2 + j % 2] *= shrink;
-      }
-    }
+    if (!__any_sync(~0u, moved)) return false;
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
-      const Accum maximum = m[i / 2][i % 2];
-      const Accum shift =
-          maximum == minus_infinity<Accum>() ? 0 : maximum * factor;  // a row that saw nothing yet: exp2(-inf - 0) = 0
+      const Accum from = before[i / 2][i % 2], to = m[i / 2][i % 2];
+      // Exactly 1 where the maximum stays: anything else would add up over the blocks.
+      shrink[i / 2][i % 2] = from == to ? 1 : exp2_fast((from - to) * factor);
+    }
+    return true;
+  }
+
+  template <int N_OUT>
+  static __device__ __forceinline__ void rescale(Accum (&o)[M][N_OUT][4], const Accum (&shrink)[M][2]) {
+#pragma unroll
+    for (int i = 0; i < 4 * M * N_OUT; ++i) o[i / 4 % M][i / 4 / M][i % 4] *= shrink[i / 4 % M][i % 4 / 2];
+  }
+
+  // scores -> exp2(factor * (score - maximum))
+  template <int N>
+  __device__ __forceinline__ void exponentiate(Accum (&s)[M][N][4], Accum factor) {
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      const Accum below = shift(i / 2, i % 2, factor);
 #pragma unroll
       for (int j = 0; j < 2 * N; ++j) {
         Accum& x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
-        x = exp2_fast(x * factor - shift);
+        x = exp2_fast(x * factor - below);
         l[i / 2][i % 2] += x;
       }
     }
+  }
+
+  // The same for a warpgroup's block: P goes straight into the words of the next product's A fragments.  Nothing was
+  // accumulated before.
+  template <class E, int N>
+  __device__ __forceinline__ void exponentiate_first(unsigned (&p)[N / 2][4], const Accum (&s)[M][N][4], Accum factor) {
+    Accum shrink[M][2], top[2];
+    raise_maximum(s, shrink, factor);
+    exponentiate_packed<E>(p, s, factor, l[0], top);
+  }
+
+  // And for the blocks behind it, without waiting for their maximum: P is taken under the maximum so far.  Only if a
+  // score of the warp exceeds that by more than AHEAD powers of two is it computed again, under the new maximum; then
+  // this returns true, and O must be multiplied by `shrink`.  Which maximum a row goes by does not matter as long as P,
+  // l and O agree on it: P is at most 2^AHEAD, with as many digits as ever.
+  template <class E, int N>
+  __device__ __forceinline__ bool exponentiate_ahead(unsigned (&p)[N / 2][4], const Accum (&s)[M][N][4],
+                                                     Accum (&shrink)[M][2], Accum factor) {
+    constexpr Accum AHEAD = 8;
+    Accum sum[2], top[2];
+    exponentiate_packed<E>(p, s, factor, sum, top);
+    const bool exceeded = (top[0] - m[0][0]) * factor > AHEAD || (top[1] - m[0][1]) * factor > AHEAD;
+    const bool again = __any_sync(~0u, exceeded);
+    if (again) {
+      raise_maximum(s, shrink, factor);
+      l[0][0] *= shrink[0][0], l[0][1] *= shrink[0][1];
+      exponentiate_packed<E>(p, s, factor, sum, top);
+    }
+    l[0][0] += sum[0], l[0][1] += sum[1];
+    return again;
+  }
+
+  // Both, while l and the output accumulators move under the new maximum.
+  template <int N, int N_OUT>
+  __device__ __forceinline__ void update(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
+    Accum shrink[M][2];
+    if (raise_maximum(s, shrink, factor)) {  // seldom, after the first blocks
+#pragma unroll
+      for (int i = 0; i < 2 * M; ++i) l[i / 2][i % 2] *= shrink[i / 2][i % 2];
+      rescale(o, shrink);
+    }
+    exponentiate(s, factor);
+  }
+
+  // factor * maximum; 0 for a row that saw nothing yet: exp2(-inf - 0) = 0.
+  __device__ __forceinline__ Accum shift(int tile, int half, Accum factor) const {
+    const Accum maximum = m[tile][half];
+    return maximum == minus_infinity<Accum>() ? 0 : maximum * factor;
   }
 
   // The whole row's sum.
@@ -64,5 +119,25 @@ struct Softmax {
     Accum x = l[tile][half];
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
+  }
+
+ private:
+  // Step k of the fragments, word 2 j + half: the pair of row `half` in the eight columns 2 k + j.
+  template <class E, int N>
+  __device__ __forceinline__ void exponentiate_packed(unsigned (&p)[N / 2][4], const Accum (&s)[M][N][4], Accum factor,
+                                                      Accum (&sum)[2], Accum (&top)[2]) const {
+    static_assert(M == 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) sum[half] = 0, top[half] = m[0][half];
+    const Accum below[2] = {shift(0, 0, factor), shift(0, 1, factor)};
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) {
+      const int n = i / 2, half = i % 2;
+      const Accum x = s[0][n][2 * half], y = s[0][n][2 * half + 1];
+      const Accum a = exp2_fast(fma(x, factor, -below[half])), b = exp2_fast(fma(y, factor, -below[half]));
+      p[n / 2][n % 2 * 2 + half] = pack(a, b, E{});
+      sum[half] += a + b;
+      top[half] = max(top[half], max(x, y));
+    }
   }
 };

@@ -7,6 +7,9 @@
 #include "element.cuh"
 #include "ptx/memory.cuh"
 
+// The direction of a product's operand that is contiguous in shared memory: the depth, or the result's.
+enum class Major { K, MN };
+
 template <class E, int ROWS_, int COLS_>
 struct Tile {
   using Element = E;
@@ -144,5 +147,15 @@ __device__ __forceinline__ void store_rows(const T& tile, int start_row, const R
     for (int segment = 0; segment < Layout::SEGMENTS; ++segment)
       if (segment * Layout::SEGMENT + layout.byte < WIDTH_BYTES)
         copy_to_global<VECTOR>(to + segment * Layout::SEGMENT, layout.address(tile, start_row, step, segment));
+  }
+}
+
+// Rows [begin, T::ROWS) of a tile become zero; by THREADS threads, numbered from a multiple of THREADS on.
+template <int THREADS, class T>
+__device__ __forceinline__ void clear_rows(const T& tile, int begin) {
+  constexpr int CHUNKS = T::ROW_BYTES / 16;  // the swizzle stays within a row
+  for (int i = threadIdx.x % THREADS; i < (T::ROWS - begin) * CHUNKS; i += THREADS) {
+    const unsigned to = tile.address(begin + i / CHUNKS, i % CHUNKS * 16);
+    store_shared_pair(to, 0.0, 0.0);
   }
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,7 +98,8 @@ class Job:
         table = plan._tiles()
         table = {**table, kernel: {group: [table[kernel][group][index]]}}
         caches = (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward)
-        with mock.patch.object(plan, "_tiles", return_value=table):
+        family = {"ANYATTN_KERNEL": kernel.rpartition("_")[2]}
+        with mock.patch.object(plan, "_tiles", return_value=table), mock.patch.dict(os.environ, family):
             for cache in caches:
                 cache.cache_clear()
             try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from anyattn import launch, plan
+from anyattn import launch, plan, wgmma
 from anyattn.plan import Device, UnsupportedError
 from anyattn.problem import BackwardProblem, Options, Problem, View, backward, dense
 
@@ -66,12 +66,12 @@ def test_backward_workspace_is_linear(dtype: str, head_dim: int) -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"backward_sm80: float64 with head dim 256 needs \d+ bytes.*sm_89"):
+    with pytest.raises(UnsupportedError, match=r"sm80 kernels: float64 with head dim 256 needs \d+ bytes.*sm_89"):
         plan.backward(gradients(problem("float64", 256)), ADA)
 
 
 def test_grid_covers_every_row() -> None:
-    (kernel,) = plan.forward(problem(seqlen=300, heads=3), HOPPER).kernels
+    (kernel,) = plan.forward(problem(seqlen=300, heads=3), ADA).kernels
     assert kernel.grid == -(-300 // int(constants(kernel)["BLOCK_M"])) * 3 * 2
     assert plan.forward(problem(seqlen=0), HOPPER).kernels == ()
 
@@ -92,8 +92,56 @@ def test_kernel_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYATTN_KERNEL", "sm80")
     assert plan.forward.__wrapped__(problem(), HOPPER).kernels[0].name == "forward_sm80"
     monkeypatch.setenv("ANYATTN_KERNEL", "sm70")
-    with pytest.raises(UnsupportedError, match="ANYATTN_KERNEL must be one of sm80, got 'sm70'"):
+    with pytest.raises(UnsupportedError, match="ANYATTN_KERNEL must be one of sm90, sm80, got 'sm70'"):
         plan.forward.__wrapped__(problem(), HOPPER)
+
+
+def test_hopper_kernels_stay_for_many_tiles() -> None:
+    """A thread block for each multiprocessor, unless the lengths are known on the GPU only."""
+    assert plan.forward(problem(seqlen=300, heads=3), HOPPER).kernels[0].grid == 3 * 3 * 2
+    assert plan.forward(problem(seqlen=300, heads=3000), HOPPER).kernels[0].grid == HOPPER.multiprocessors
+    packed = replace(problem(heads=3000), varlen=True, total_q=600, total_k=600)
+    assert plan.forward(packed, HOPPER).kernels[0].grid == 3 * 3000 * 2
+
+
+def test_order_of_tiles() -> None:
+    """Long tiles of unlike length are ordered two rounds at a time, all others head by head."""
+    assert plan.forward(problem(head_dim=128, seqlen=16384, causal=True), HOPPER).section == 2
+    assert plan.forward(problem(head_dim=128, seqlen=4096, causal=True), HOPPER).section == 8
+    assert plan.forward(problem(head_dim=128, seqlen=512, causal=True), HOPPER).section == 1
+    assert plan.forward(problem(head_dim=128, seqlen=16384), HOPPER).section == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "float32"}, "take float16 and bfloat16, not float32"),
+        ({"align": 8}, "at multiples of 16 bytes"),
+        ({"k_strides": (300 * 192, 64, -192, 1)}, "k has a negative stride"),
+        ({"v_strides": (300 * 192, 64, 0, 1)}, "v repeats one row"),
+        ({"q_strides": (2**39, 64, 192, 1)}, r"q has a stride of 2\*\*40 bytes or more"),
+    ],
+)
+def test_what_the_hopper_kernel_leaves_to_the_portable_one(change: dict[str, object], reason: str) -> None:
+    assert plan.forward(problem(), HOPPER).refused == ()
+    chosen = plan.forward(replace(problem(), **change), HOPPER)  # type: ignore[arg-type]
+    assert chosen.kernels[0].name == "forward_sm80"
+    ((family, why),) = chosen.refused
+    assert family == "sm90"
+    assert re.search(reason, why)
+    (refused,) = plan.forward(problem(), ADA).refused
+    assert refused == ("sm90", "are for Hopper GPUs (sm_90a), this one is sm_89")
+
+
+def test_wgmma_names_every_register() -> None:
+    text = wgmma.functions("bfloat16", (8, 16, 16))
+    assert text.count("m64n8k16.f32.bf16.bf16") == text.count("m64n16k16.f32.bf16.bf16") == 2
+    shared, registers = text.split("template")[3:]
+    assert "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, %12;" in shared
+    assert "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, %15;" in registers
+    for width in (4, 12, 264):
+        with pytest.raises(ValueError, match="from 8 to 256 columns wide"):
+            wgmma.functions("float16", (width,))
 
 
 def test_own_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,5 +151,5 @@ def test_own_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ANYATTN_TILES", str(table))
     monkeypatch.setattr(plan, "_tiles", plan._tiles.__wrapped__)
     assert constants(plan.forward.__wrapped__(problem(), HOPPER).kernels[0])["BLOCK_N"] == 32
-    with pytest.raises(UnsupportedError, match="head dim 128"):
+    with pytest.raises(UnsupportedError, match="none for bfloat16 with head dim 128"):
         plan.forward.__wrapped__(problem(head_dim=128), HOPPER)

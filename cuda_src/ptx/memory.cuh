@@ -18,6 +18,26 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&w)[4], unsig
                : "r"(address));
 }
 
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void store_matrices(unsigned address, const unsigned (&w)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
+}
+#endif
+
+__device__ __forceinline__ int4 load_shared(unsigned address) {
+  int4 x;
+  asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared(unsigned address, int4 x) {
+  asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
 __device__ __forceinline__ void load_shared(unsigned short& x, unsigned address) {
   asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(address));
 }

@@ -1,0 +1,358 @@
+// Attention forward on Hopper (TMA, wgmma, warp specialisation): the algorithm of forward_sm80.cu, arranged as in
+// FlashAttention-3, section 3.
+//
+//   Producer threads fill rings of shared-memory stages with blocks of Q, K and V.  Consumers, a warpgroup for each 64
+//   rows of Q, do the rest:
+//
+//     for each tile of rows (a thread block stays for many):
+//       S = Q K^T of the last block of keys, P = exp(S - m)
+//       for each block before it:
+//         start S = Q K^T
+//         start O = O + P V of the block behind
+//         wait for S;  P' = exp(S - m), while the tensor cores are at O
+//         wait for O;  where m moved: O = exp(m - m') O;  P = P'
+//       O = O + P V of the first block
+//       write O / l and LSE = m + log(l)
+//
+// The maximum m may lag behind: see Softmax::exponentiate_ahead.
+#include "band.cuh"
+#include "dropout.cuh"
+#include "ptx/tma.cuh"
+#include "ring.cuh"
+#include "score.cuh"
+#include "sequence.cuh"
+#include "softmax.cuh"
+#include "warpgroup.cuh"
+
+constexpr int THREADS = 128 * (1 + CONSUMERS);
+constexpr int ROWS = 64, BLOCK_M = ROWS * CONSUMERS;  // rows of a consumer and of a tile
+constexpr int D = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 15) / 16 * 16;
+constexpr int N = BLOCK_N / 8, N_OUT = DV / 8;
+
+// Boxes are 64 columns wide, so tiles are whole panels of 128 bytes; products stop at D and DV.
+using TileQ = Tile<Element, ROWS, (D + 63) / 64 * 64>;
+using TileK = Tile<Element, BLOCK_N, TileQ::COLS>;
+using TileV = Tile<Element, BLOCK_N, (DV + 63) / 64 * 64>;
+
+using TileO = Tile<Element, ROWS, TileV::COLS>;  // takes the place of its rows of Q
+
+struct Shared {  // dynamic shared memory
+  static constexpr int SLICE = TileQ::BYTES > TileO::BYTES ? TileQ::BYTES : TileO::BYTES, Q_BYTES = CONSUMERS * SLICE;
+  static constexpr int K = Q_STAGES * Q_BYTES, V = K + STAGES * TileK::BYTES, WORK = V + STAGES * TileV::BYTES;
+  static constexpr int RINGS = WORK + 16 * Q_STAGES, BYTES = RINGS + 16 * (Q_STAGES + 2 * STAGES);
+  unsigned base;
+
+  __device__ __forceinline__ unsigned slice(int stage, int consumer) const {
+    return base + stage * Q_BYTES + consumer * SLICE;
+  }
+  __device__ __forceinline__ TileK k(int stage) const { return {base + K + stage * TileK::BYTES}; }
+  __device__ __forceinline__ TileV v(int stage) const { return {base + V + stage * TileV::BYTES}; }
+  __device__ __forceinline__ unsigned work(int q_stage) const { return base + WORK + 16 * q_stage; }
+  __device__ __forceinline__ Stages<Q_STAGES> q_stages() const { return {base + RINGS}; }
+  __device__ __forceinline__ Stages<STAGES> k_stages() const { return {base + RINGS + 16 * Q_STAGES}; }
+  __device__ __forceinline__ Stages<STAGES> v_stages() const { return {base + RINGS + 16 * (Q_STAGES + STAGES)}; }
+};
+static_assert(SHARED_BYTES >= Shared::BYTES);
+
+// The tiles of this thread block: one from each round over all thread blocks, every other round the other way round, so
+// that all get alike.
+struct Tiles {
+  int index, count;
+
+  __device__ __forceinline__ explicit Tiles(const Params& p)
+      : index(blockIdx.x), count(p.row_blocks * p.heads * p.batch) {}
+
+  __device__ __forceinline__ bool valid() const { return index < count; }
+  __device__ __forceinline__ void next() { index += 2 * (gridDim.x - 1 - index % gridDim.x) + 1; }
+};
+
+// Where a tile lies.  Tiles are ordered by sections of heads, within them by rows: later rows see more keys under a
+// causal mask and go first.  Sections take turns in that, the last one as said.
+struct Work {
+  int first_row, head, batch;
+
+  __device__ __forceinline__ Work(const Params& p, int index) {
+    const int heads = p.heads * p.batch, section = index / (p.section * p.row_blocks), before = section * p.section;
+    const int width = min(p.section, heads - before), rest = index - before * p.row_blocks, block = rest / width;
+    const bool upwards = p.section > 1 && ((heads - 1) / p.section - section) % 2 == 1;
+    first_row = (upwards ? block : p.row_blocks - 1 - block) * BLOCK_M;
+    const int number = before + rest - block * width;
+    batch = number / p.heads, head = number - batch * p.heads;
+  }
+};
+
+// A dimension without a stride is not in the map.
+template <class T>
+__device__ __forceinline__ void load(const T& tile, Barrier full, const TensorMap& map, const Strides& s, int row,
+                                     int head, int batch) {
+  for (int panel = 0; panel < T::COLS / 64; ++panel)
+    load_box(tile.base + panel * (T::ROWS * 128), map, full, panel * 64, row, s.head ? head : 0, s.batch ? batch : 0);
+}
+
+// One thread brings Q, a tile ahead where there are stages for it, and tells the consumers which tile that is.
+__device__ __forceinline__ void produce_q(const TmaParams& p, const Shared shared) {
+  Ring<Q_STAGES> ring(shared.q_stages());
+  for (Tiles tiles(p); tiles.valid(); tiles.next()) {
+    const Work work(p, tiles.index);
+    const Sequence sequence(p, work.batch);
+    if (work.first_row >= sequence.seqlen_q) continue;
+    ring.wait_empty();
+    store_shared(shared.work(ring.stage), int4{work.first_row, work.head, work.batch, 0});
+    const Barrier full = ring.expect(CONSUMERS * TileQ::BYTES);
+    const int row = static_cast<int>(sequence.start_q) + work.first_row;
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer)
+      load(TileQ{shared.slice(ring.stage, consumer)}, full, p.q_map, p.q_strides, row + consumer * ROWS, work.head,
+           work.batch);
+    ring.next();
+  }
+  ring.wait_empty();
+  store_shared(shared.work(ring.stage), int4{-1, 0, 0, 0});  // no more
+  ring.expect(0);
+}
+
+// Another one brings K and V.
+__device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shared) {
+  Ring<STAGES> k_ring(shared.k_stages()), v_ring(shared.v_stages());
+  for (Tiles tiles(p); tiles.valid(); tiles.next()) {
+    const Work work(p, tiles.index);
+    const Sequence sequence(p, work.batch);
+    if (work.first_row >= sequence.seqlen_q) continue;
+    const Band::Blocks blocks = Band(p, sequence).key_blocks(work.first_row, BLOCK_M, BLOCK_N);
+    const int head_kv = work.head / p.group;
+    for (int block = blocks.end - 1; block >= blocks.begin; --block) {
+      const int row = static_cast<int>(sequence.start_k) + block * BLOCK_N;
+      k_ring.wait_empty();
+      load(shared.k(k_ring.stage), k_ring.expect(TileK::BYTES), p.k_map, p.k_strides, row, head_kv, work.batch);
+      k_ring.next();
+      v_ring.wait_empty();
+      load(shared.v(v_ring.stage), v_ring.expect(TileV::BYTES), p.v_map, p.v_strides, row, head_kv, work.batch);
+      v_ring.next();
+    }
+  }
+}
+
+// A consumer's strip of a tile: 64 rows.
+struct Strip {
+  bool valid;  // otherwise there are no more tiles
+  int first, last, head, batch;
+  Sequence sequence;
+  Band band;
+  Band::Blocks brought, seen;  // the blocks of keys that the producer brings, and those of them that it sees
+
+  __device__ __forceinline__ Strip(const Params& p, int4 work, int consumer)
+      : valid(work.x >= 0),
+        first(work.x + consumer * ROWS),
+        head(work.y),
+        batch(work.z),
+        sequence(p, batch),
+        band(p, sequence) {
+    last = min(first + ROWS, sequence.seqlen_q) - 1;
+    brought = band.key_blocks(work.x, BLOCK_M, BLOCK_N);
+    seen = band.key_blocks(first, ROWS, BLOCK_N);
+    if (first > last || seen.begin >= seen.end) seen = {brought.begin, brought.begin};
+  }
+
+  __device__ __forceinline__ bool sees_keys() const { return seen.begin < seen.end; }
+  __device__ __forceinline__ int unseen_before() const { return brought.end - seen.end; }
+  __device__ __forceinline__ int unseen_after() const { return seen.begin - brought.begin; }
+};
+
+struct Consumer {
+  const TmaParams& p;
+  const Shared shared;
+  const int number, warp, lane;
+  Ring<Q_STAGES> q_ring;
+  Ring<STAGES> k_ring, v_ring;
+  Score<float> score;
+  const float keep_scale;
+
+  Softmax<float, 1> softmax;
+  float o[1][N_OUT][4];      // [ROWS, DV]
+  unsigned probs[N / 2][4];  // [ROWS, BLOCK_N], of the block whose share of O is next
+
+  __device__ __forceinline__ Consumer(const TmaParams& params, Shared shared_, int number_)
+      : p(params),
+        shared(shared_),
+        number(number_),
+        warp(threadIdx.x / 32 % 4),
+        lane(threadIdx.x % 32),
+        q_ring(shared.q_stages()),
+        k_ring(shared.k_stages()),
+        v_ring(shared.v_stages()),
+        score(params),
+        keep_scale(static_cast<float>(params.keep_scale)) {}
+
+  __device__ __forceinline__ void run() {
+    for (Strip strip = take(); strip.valid; strip = take()) {
+      skip(strip.unseen_before());
+      softmax = {};
+#pragma unroll
+      for (int i = 0; i < 4 * N_OUT; ++i) o[0][i / 4][i % 4] = 0;
+      if (strip.sees_keys()) {
+        {
+          float s[1][N][4];  // [ROWS, BLOCK_N]
+          start_scores(s);
+          wgmma_wait<0>();
+          finish_scores(s, strip, strip.seen.end - 1);
+          softmax.exponentiate_first<Element>(probs, s, score.factor);
+          drop(probs, strip, strip.seen.end - 1);
+        }
+        for (int block = strip.seen.end - 2; block >= strip.seen.begin; --block) {
+          float s[1][N][4], shrink[1][2];
+          unsigned next_probs[N / 2][4];
+          start_scores(s);
+          start_output(strip, block + 1);
+          wgmma_wait<1>();
+          finish_scores(s, strip, block);
+          const bool moved = softmax.exponentiate_ahead<Element>(next_probs, s, shrink, score.factor);
+          drop(next_probs, strip, block);
+          pin(next_probs);
+          finish_output();
+          if (moved) softmax.rescale(o, shrink);
+          copy(next_probs);
+        }
+        start_output(strip, strip.seen.begin);
+        finish_output();
+      }
+      skip(strip.unseen_after());
+      store(strip);
+    }
+  }
+
+  // The next strip, its Q in shared memory.
+  __device__ __forceinline__ Strip take() {
+    q_ring.wait();
+    return Strip(p, load_shared(shared.work(q_ring.stage)), number);
+  }
+
+  __device__ __forceinline__ void start_scores(float (&s)[1][N][4]) {
+    const WarpgroupOperand<Major::K, TileQ> q({shared.slice(q_ring.stage, number)});
+    const WarpgroupOperand<Major::K, TileK> k(shared.k(k_ring.stage));
+    k_ring.wait();
+    pin(s[0]);
+    wgmma_fence();
+    warpgroup_gemm<D / 16>(s[0], q, k, false);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void finish_scores(float (&s)[1][N][4], const Strip& strip, int block) {
+    pin(s[0]);
+    k_ring.release();
+    const int first_key = block * BLOCK_N, row0 = strip.first + warp * 16 + lane / 4, key0 = first_key + lane % 4 * 2;
+    score.select(p, strip.band, strip.batch, strip.head);
+    score.apply(s, row0, key0);
+    if (!strip.band.all_see(strip.first, strip.last, first_key, first_key + BLOCK_N)) strip.band.mask(s, row0, key0);
+  }
+
+  __device__ __forceinline__ void drop(unsigned (&words)[N / 2][4], const Strip& strip, int block) const {
+    if constexpr (DROPOUT) {
+      const Dropout dropout(p, strip.batch, strip.head);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        bool keep[4];
+        dropout.keep(keep, strip.first + warp * 16 + lane / 4, block * BLOCK_N + lane % 4 * 2 + i / 2 * 16 + i % 2);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (!keep[j]) words[i / 2][j % 2 * 2 + j / 2] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void start_output(const Strip& strip, int block) {
+    const TileV v = shared.v(v_ring.stage);
+    v_ring.wait();
+    if (VARLEN && (block + 1) * BLOCK_N > strip.sequence.seqlen_k) {  // the next sequence's rows: 0 * NaN is NaN
+      clear_rows<128>(v, strip.sequence.seqlen_k - block * BLOCK_N);
+      fence_async_shared();
+      named_barrier_sync(1 + number, 128);
+    }
+    pin(o[0]);
+    pin(probs);
+    wgmma_fence();
+    warpgroup_gemm(o[0], probs, WarpgroupOperand<Major::MN, TileV>(v));
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void finish_output() {
+    wgmma_wait<0>();
+    pin(o[0]);
+    pin(probs);
+    v_ring.release();
+  }
+
+  __device__ __forceinline__ void copy(const unsigned (&next_probs)[N / 2][4]) {
+    // Not as it is: the compiler would keep both in the same registers, and wait for O before it starts the next P.
+    const unsigned opaque_zero = static_cast<unsigned>(p.row_blocks) >> 31;
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) probs[i / 4][i % 4] = next_probs[i / 4][i % 4] ^ opaque_zero;
+  }
+
+  // Leave blocks to the other consumers.
+  __device__ __forceinline__ void skip(int blocks) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      k_ring.wait(), k_ring.release();
+      v_ring.wait(), v_ring.release();
+    }
+  }
+
+  // O and LSE to global memory, O by way of the strip's rows of Q.
+  __device__ __forceinline__ void store(const Strip& strip) {
+    const TileO o_smem{shared.slice(q_ring.stage, number)};
+    float l[2], inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      l[half] = softmax.total(0, half);
+      inverse[half] = l[half] == 0 ? 0 : keep_scale * reciprocal_fast(l[half]);  // l is NaN if the row's scores are
+    }
+    named_barrier_sync(1 + number, 128);  // the whole warpgroup is done with Q
+#pragma unroll
+    for (int i = 0; i < DV / 16; ++i) {
+      unsigned words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const auto& d = o[0][2 * i + j / 2];
+        words[j] = pack(d[j % 2 * 2] * inverse[j % 2], d[j % 2 * 2 + 1] * inverse[j % 2], Element{});
+      }
+      store_matrices(o_smem.address(warp * 16 + lane % 16, i * 32 + lane / 16 * 16), words);
+    }
+    fence_async_shared();  // before Q comes here again
+    __syncwarp();          // a warp stores the rows it wrote
+    store_rows<16, HEAD_DIM_V>(o_smem, warp * 16,
+                               strip.sequence.rows_q(static_cast<Element*>(p.out), p.out_strides, strip.head),
+                               strip.first + warp * 16);
+    q_ring.release();
+
+    if (p.lse != nullptr && lane % 4 == 0) {
+      float* const lse = static_cast<float*>(p.lse) + strip.sequence.lse_offset(p, strip.head);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = strip.first + warp * 16 + lane / 4 + 8 * half;
+        if (row < strip.sequence.seqlen_q)
+          lse[row * p.lse_row] = l[half] == 0 ? minus_infinity<float>()
+                                              : (softmax.m[0][half] * score.factor + log2_fast(l[half])) * float(LN2);
+      }
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __grid_constant__ TmaParams p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Shared shared{shared_address(memory)};
+  if (threadIdx.x == 0) {
+    shared.q_stages().init(4 * CONSUMERS);
+    shared.k_stages().init(4 * CONSUMERS);
+    shared.v_stages().init(4 * CONSUMERS);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a whole warp, as the compiler now knows
+  if (warpgroup == 0) {
+    release_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce_kv(p, shared);
+    if (threadIdx.x == 32) produce_q(p, shared);
+  } else {
+    claim_registers<CONSUMER_REGISTERS>();
+    Consumer(p, shared, warpgroup - 1).run();
+  }
+}
