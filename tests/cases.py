@@ -419,6 +419,15 @@ CORNERS = [
     Case("no_keys", seqlen_q=17, seqlen_k=0),
     Case("no_queries", seqlen_q=0, seqlen_k=17, causal=True),
     Case("no_batch", batch=0),
+    Case("no_heads", heads=0),
+    *(
+        _square(f"half_a_tile_{name}", seqlen, 128, batch=1, **mask)  # the lengths that cuDNN once got wrong
+        for name, seqlen, mask in (
+            ("causal", 192, {"causal": True}),
+            ("window", 320, {"window": (70, 0)}),
+            ("both", 320, {"window": (64, 64)}),
+        )
+    ),
     Case("one_key", seqlen_q=65, seqlen_k=1),
     Case("decode", seqlen_q=1, seqlen_k=300, heads=8, heads_kv=2, head_dim=128, head_dim_v=128, causal=True),
     Case("two_dimensional", batch=1, heads=1, heads_kv=1, ndim=2, seqlen_q=65, seqlen_k=129, causal=True),
