@@ -1,4 +1,4 @@
-"""Draw a result file of `benchmarks.grid` or `benchmarks.library` as bars, into a PNG beside it.
+"""Draw a result file of a benchmark here into a PNG beside it.
 
 python -m benchmarks.chart benchmarks/results/FILE.json
 """
@@ -22,7 +22,8 @@ def draw(path: Path) -> Path:
         return path
     matplotlib.use("Agg")
     result = json.loads(path.read_text(encoding="utf-8"))
-    figure = (_grid if result["benchmark"] == "grid" else _library)(result)
+    draw_it = {"grid": _grid, "library": _library, "host": _host, "memory": _memory}[result["benchmark"]]
+    figure = draw_it(result)
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     return path.with_suffix(".png")
 
@@ -80,6 +81,65 @@ def _library(result: dict[str, Any]) -> Any:
     axis.axvline(1, color="black", linewidth=1)
     axis.set_xlabel(f"times better than the limit (1 = just met)\n{footer(result['meta'])}", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _host(result: dict[str, Any]) -> Any:
+    """Three bars for each call: all of it, its copies, its kernels."""
+    from matplotlib import pyplot as plt
+
+    cells = result["cells"]
+    figure, axis = plt.subplots(figsize=(1.3 * len(cells) + 2, 4.5))
+    colours = {"everything": COLOURS["anyattn"], "copies": COLOURS["FLASH"], "kernels": COLOURS["CUDNN"]}
+    for i, (name, colour) in enumerate(colours.items()):
+        heights = [cell["ms"][name]["median"] for cell in cells]
+        axis.bar([x + (i - 1) * 0.27 for x in range(len(cells))], heights, 0.27, color=colour, label=name)
+    for x, cell in enumerate(cells):
+        axis.annotate(f"{cell['ratio']:.2f}", (x - 0.27, cell["ms"]["everything"]["median"]), ha="center", va="bottom")
+    names = [
+        f"{cell['direction']}\n{cell['dtype']}{' causal' if cell['causal'] else ''}\n"
+        f"B{cell['batch']} S{cell['seqlen']}\nH{cell['heads']} D{cell['head_dim']}"
+        + ("" if cell["memory"] is None else f"\nin {cell['memory'] / 2**30:g} GiB")
+        for cell in cells
+    ]
+    axis.set_xticks(range(len(cells)), names, fontsize=8)
+    axis.set_yscale("log")
+    axis.set_ylabel("ms")
+    axis.set_title(f"NumPy arrays on a GPU: times the larger of copies and kernels (limit {result['limit']})")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.text(0.5, -0.12, footer(result["meta"]), ha="center", fontsize=8, color="#555555")
+    return figure
+
+
+def _memory(result: dict[str, Any]) -> Any:
+    """A panel for each path: memory over the sequence length, beside that of the whole matrix of scores."""
+    from matplotlib import pyplot as plt
+
+    paths = list(dict.fromkeys(cell["path"] for cell in result["cells"]))
+    figure, axes = plt.subplots(1, len(paths), figsize=(4.5 * len(paths) + 0.5, 4.2), squeeze=False)
+    for axis, path in zip(axes[0], paths, strict=True):
+        cells = [cell for cell in result["cells"] if cell["path"] == path]
+        for direction, colour in (("forward", COLOURS["CUDNN"]), ("backward", COLOURS["anyattn"])):
+            some = [cell for cell in cells if cell["direction"] == direction]
+            lengths = [cell["seqlen"] for cell in some]
+            axis.plot(lengths, [c["peak"] / 2**20 for c in some], marker="o", color=colour, label=direction)
+            results = [cell["results"] / 2**20 for cell in some]
+            axis.plot(lengths, results, ":", color=colour, label=f"{direction}: its results alone")
+        axis.plot(
+            lengths, [c["scores"] / 2**20 for c in some], "--", color=COLOURS["plain"], label="a matrix of scores"
+        )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(lengths, [f"{n >> 10}k" for n in lengths])
+        heads, head_dim, _ = result["shapes"][path]
+        axis.set_title(f"{path}: {heads} heads of {head_dim}", fontsize=10)
+        axis.set_xlabel("sequence length")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel("MiB beyond the inputs, at the peak")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.text(0.5, -0.03, footer(result["meta"]), ha="center", fontsize=8, color="#555555")
     return figure
 
 
