@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--head-dims", type=_numbers, metavar="N,...", help="default: 64,128 on a GPU, else 64")
     command.add_argument("--seqlens", type=_numbers, metavar="N,...", help="default: 512,2048,8192; 512,1024,2048")
     command.add_argument("--tokens", type=int, metavar="N", help="in all sequences; default: 16384; 2048")
-    command.add_argument("--hidden", type=int, metavar="N", help="heads x head dim; default: 2048; 512")
+    command.add_argument("--hidden", type=int, metavar="N", help="heads x head dim; default: 2048; 256")
     command.add_argument("--rivals", type=lambda text: text.split(","), metavar="NAME,...", help="only these")
     command.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="of the JSON file and the chart")

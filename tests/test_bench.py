@@ -36,7 +36,7 @@ def test_interleaved() -> None:
     timings, failed = timing.interleaved(contenders, rounds=2, slice_ms=5.0, timer=timer)
     assert failed == {"r": "not this shape"}
     warm_up, rounds = slices[:4], slices[4:]
-    assert warm_up == [("fast", 1), ("fast", 3), ("slow", 1), ("slow", 3)]
+    assert warm_up == [("fast", 1), ("fast", 1), ("slow", 1), ("slow", 1)]
     assert rounds == [("fast", 5), ("slow", 1), ("slow", 1), ("fast", 5)]  # each round begins with another one
     assert timings == {"f": timing.Timing(3.0, 1.0, 5.0, 10), "s": timing.Timing(50.0, 50.0, 50.0, 2)}
 
@@ -53,6 +53,9 @@ def test_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4  # the first warms the caches
     assert len(milliseconds) == 3
     assert all(10 <= ms < 1000 for ms in milliseconds)
+    monkeypatch.setattr(timing, "SLOW", 5.0)
+    assert len(timing.on_host(call, 2)) == 2
+    assert len(calls) == 6
 
 
 @pytest.mark.gpu

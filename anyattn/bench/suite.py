@@ -33,7 +33,7 @@ class Usual(NamedTuple):
 
 USUAL = {
     "cuda": Usual("bfloat16", (64, 128), (512, 2048, 8192), 16384, 2048),
-    "cpu": Usual("float32", (64,), (512, 1024, 2048), 2048, 512),
+    "cpu": Usual("float32", (64,), (512, 1024, 2048), 2048, 256),
 }
 
 # The largest error of ours, out or gradients, on random inputs: a few times what FLASH has, too.

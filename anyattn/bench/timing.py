@@ -28,6 +28,7 @@ PACKAGES = (
 HEAD_START = 3_000_000
 
 PAUSE = 0.05  # seconds; the threads of OpenMP spin on their cores for a while after a call on the CPU
+SLOW = 100.0  # milliseconds of a call on the CPU that cold caches don't make longer
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,14 @@ def on_cupy_stream(call: Callable[[], object], calls: int) -> list[float]:
 
 
 def on_host(call: Callable[[], object], calls: int) -> list[float]:
-    """Milliseconds of each call that is done when it returns, after one that warms the caches."""
+    """Milliseconds of each call that is done when it returns, after one that warms the caches, if they matter."""
     time.sleep(PAUSE)
+    start = time.perf_counter()
     call()
-    seconds = [time.perf_counter()]
-    for _ in range(calls):
+    seconds = [start, time.perf_counter()]
+    if (seconds[1] - start) * 1e3 < SLOW:
+        del seconds[0]
+    while len(seconds) <= calls:
         call()
         seconds.append(time.perf_counter())
     return [(end - start) * 1e3 for start, end in itertools.pairwise(seconds)]
@@ -99,7 +103,7 @@ def interleaved(
     for name, contender in contenders.items():
         try:
             timer(contender, 1)  # compiles, tunes, allocates
-            calls[name] = min(max(round(slice_ms / min(timer(contender, 3))), 1), 20)
+            calls[name] = min(max(round(slice_ms / timer(contender, 1)[0]), 1), 20)
         except Exception as error:  # a rival may refuse a problem with any class of error
             failed[name] = (str(error) or repr(error)).splitlines()[0]
     samples: dict[str, list[float]] = {name: [] for name in calls}
