@@ -63,11 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=lambda options: compile_kernels(options.arch, options.report))
 
-    command = commands.add_parser("bench", help="time and error beside every rival found on this machine")
+    both: dict[str, Any] = {
+        "type": _names("forward", "backward"),
+        "default": ["forward", "backward"],
+        "metavar": "NAME,...",
+    }
+
+    command = commands.add_parser(
+        "bench",
+        help="time and error beside every rival found on this machine",
+        description="Times anyattn beside PyTorch's attentions, FlashAttention-2, 3 and 4 and xFormers where they are "
+        "installed, the plain formula, and two approximations of it, Reformer and Performer. Prints a table; writes "
+        "JSON and a chart. About two minutes.",
+    )
     command.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     command.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
-    command.add_argument("--directions", type=_names("forward", "backward"), default=["forward", "backward"])
-    command.add_argument("--masks", type=_names("full", "causal"), default=["full", "causal"])
+    command.add_argument("--directions", **both, help="default: forward,backward")
+    masks = _names("full", "causal")
+    command.add_argument(
+        "--masks", type=masks, default=["full", "causal"], metavar="NAME,...", help="default: full,causal"
+    )
     command.add_argument("--head-dims", type=_numbers, metavar="N,...", help="default: 64,128 on a GPU, else 64")
     command.add_argument("--seqlens", type=_numbers, metavar="N,...", help="default: 512,2048,8192; 512,1024,2048")
     command.add_argument("--tokens", type=int, metavar="N", help="in all sequences; default: 16384; 2048")
@@ -77,14 +92,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="of the JSON file and the chart")
     command.set_defaults(run=bench)
 
-    command = commands.add_parser("tune", help="measure tiles on this GPU, and write a table for $ANYATTN_TILES")
-    command.add_argument("--directions", type=_names("forward", "backward"), default=["forward", "backward"])
-    command.add_argument("--dtypes", type=_names(*DTYPES), default=["bfloat16"], help="default: bfloat16")
-    command.add_argument("--head-dims", type=_numbers, default=[64, 128, 256], help="default: 64,128,256")
+    command = commands.add_parser(
+        "tune",
+        help="measure tiles on this GPU, and write a table for $ANYATTN_TILES",
+        description="Measures the tiles in use and their neighbours, on calls of 16k tokens and hidden size 2048. What "
+        "spills registers, or gives another result, is refused. A tile that is 2% faster goes into the table.",
+    )
+    command.add_argument("--directions", **both, help="default: forward,backward")
+    command.add_argument(
+        "--dtypes", type=_names(*DTYPES), default=["bfloat16"], metavar="NAME,...", help="default: bfloat16"
+    )
+    command.add_argument(
+        "--head-dims", type=_numbers, default=[64, 128, 256], metavar="N,...", help="default: 64,128,256"
+    )
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     command.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: tiles-ARCH.yaml")
     command.add_argument("--dry-run", action="store_true", help="compile the candidates and list them; measure nothing")
-    command.add_argument("--arch", type=_architectures, metavar="ARCH", help="with --dry-run, which then needs no GPU")
+    command.add_argument("--arch", choices=plan.SHARED_BYTES, help="with --dry-run, which then needs no GPU")
     command.set_defaults(run=tune)
 
     options = parser.parse_args(arguments)
@@ -371,7 +395,7 @@ def tune(options: argparse.Namespace) -> int:
     if "bfloat16" in options.dtypes and not options.dry_run and not importlib.util.find_spec("ml_dtypes"):
         print("anyattn: bfloat16 arrays of CuPy need ml_dtypes: pip install 'anyattn[bench]'", file=sys.stderr)
         return 1
-    device = plan.Device(options.arch[0], plan.SHARED_BYTES[options.arch[0]]) if options.arch else launch.device(0)
+    device = plan.Device(options.arch, plan.SHARED_BYTES[options.arch]) if options.arch else launch.device(0)
     table = plan._tiles()
     cells = [
         tuning.Cell(direction, dtype, head_dim)
