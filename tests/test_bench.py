@@ -41,6 +41,19 @@ def test_interleaved() -> None:
     assert timings == {"f": timing.Timing(3.0, 1.0, 5.0, 10), "s": timing.Timing(50.0, 50.0, 50.0, 2)}
 
 
+def test_a_contender_that_fails_later() -> None:
+    runs = iter(range(100))
+
+    def timer(contender: str, calls: int) -> list[float]:
+        if contender == "large" and next(runs) == 3:
+            raise MemoryError
+        return [1.0] * calls
+
+    timings, failed = timing.interleaved({"l": "large", "s": "small"}, rounds=4, slice_ms=1.0, timer=timer)
+    assert failed == {"l": "MemoryError()"}
+    assert timings == {"s": timing.Timing(1.0, 1.0, 1.0, 4)}
+
+
 def test_on_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "PAUSE", 0.0)
     calls = []

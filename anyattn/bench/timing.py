@@ -96,24 +96,32 @@ def interleaved(
     milliseconds of each.
 
     Returns:
-        the timings, and for the contenders that raised in the warm-up, why.
+        the timings, and for the contenders that raised, why.
     """
     calls: dict[str, int] = {}
     failed: dict[str, str] = {}
-    for name, contender in contenders.items():
+    samples: dict[str, list[float]] = {}
+
+    def attempt(name: str, calls: int) -> list[float]:
         try:
-            timer(contender, 1)  # compiles, tunes, allocates
-            calls[name] = min(max(round(slice_ms / timer(contender, 1)[0]), 1), 20)
-        except Exception as error:  # a rival may refuse a problem with any class of error
+            return timer(contenders[name], calls)
+        except Exception as error:  # a rival may refuse a problem with any class of error, and memory may run out
             failed[name] = (str(error) or repr(error)).splitlines()[0]
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+            return []
+
+    for name in contenders:
+        attempt(name, 1)  # compiles, tunes, allocates
+        if name not in failed and (taken := attempt(name, 1)):
+            calls[name] = min(max(round(slice_ms / max(taken[0], 1e-3)), 1), 20)
+            samples[name] = []
     order = list(calls)
     for _ in range(rounds):
         for name in order:
-            samples[name] += timer(contenders[name], calls[name])
+            if name not in failed:
+                samples[name] += attempt(name, calls[name])
         order = order[1:] + order[:1]
-    timings = {name: Timing(statistics.median(ms), min(ms), max(ms), len(ms)) for name, ms in samples.items()}
-    return timings, failed
+    good = {name: ms for name, ms in samples.items() if name not in failed}
+    return {name: Timing(statistics.median(ms), min(ms), max(ms), len(ms)) for name, ms in good.items()}, failed
 
 
 def pause(seconds: float = 0.3) -> None:
