@@ -71,7 +71,7 @@ class _Arguments(threading.local):
 
     def __init__(self, constants: bytes) -> None:
         content = bytes(_POINTERS.size) + constants
-        self.params = ctypes.create_string_buffer(content, len(content))
+        self.params: Any = ctypes.create_string_buffer(content, len(content))  # its type forbids slices of bytes
         self.mapped: tuple[int, ...] = ()  # the pointers whose tensor maps it holds: to encode them takes microseconds
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.params))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
