@@ -141,18 +141,18 @@ REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
 def _check_tma(problem: Problem, device: Device) -> None:
     """Raise UnsupportedError unless kernels that load through the tensor memory accelerator take the call."""
     if device.arch != "sm_90a":
-        raise UnsupportedError(f"are for Hopper GPUs (sm_90a), this one is {device.arch}")
+        raise UnsupportedError(f"they are for Hopper GPUs (sm_90a), this one is {device.arch}")
     if problem.itemsize != 2:
-        raise UnsupportedError(f"take float16 and bfloat16, not {problem.dtype}")
+        raise UnsupportedError(f"they take float16 and bfloat16, not {problem.dtype}")
     if problem.align < 16:
-        raise UnsupportedError("need q, k and v at multiples of 16 bytes, row by row, with contiguous columns")
+        raise UnsupportedError("they need q, k and v at multiples of 16 bytes, row by row, with contiguous columns")
     for name, strides, rows in (
         ("q", problem.q_strides, problem.total_q or problem.seqlen_q),
         ("k", problem.k_strides, problem.total_k or problem.seqlen_k),
         ("v", problem.v_strides, problem.total_k or problem.seqlen_k),
     ):
         if reason := tensormap.refusal(strides, rows, problem.itemsize):
-            raise UnsupportedError(f"load through tensor maps, but {name} {reason}")
+            raise UnsupportedError(f"they load through tensor maps, but {name} {reason}")
 
 
 def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:

@@ -101,6 +101,23 @@ def test_better_kernels_that_do_not_take_the_call(monkeypatch: pytest.MonkeyPatc
     assert "not the sm99 kernels: they are a test" in str(told)
 
 
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ("1,64,1,64,bfloat16,arch=sm_89", "they are for Hopper GPUs (sm_90a), this one is sm_89"),
+        ("1,64,1,64,float32,arch=sm_90a", "they take float16 and bfloat16, not float32"),
+        ("1,64,1,33,bfloat16,arch=sm_90a", "they need q, k and v at multiples of 16 bytes"),
+    ],
+)
+def test_why_not_the_hopper_kernels(call: str, reason: str) -> None:
+    told = explain(call)
+    assert told.forward.kernels[0].kernel == "forward_sm80"
+    assert f"not the sm90 kernels: {reason}" in str(told)
+    taken = explain("1,64,1,64,bfloat16,arch=sm_90a").forward
+    assert taken.kernels[0].kernel == "forward_sm90"
+    assert taken.refused == ()
+
+
 def test_a_call_that_no_kernel_takes() -> None:
     told = explain("1,512,2,256,float64,arch=sm_89")
     assert told.forward.error is None
