@@ -130,7 +130,7 @@ def test_what_the_hopper_kernel_leaves_to_the_portable_one(change: dict[str, obj
     assert family == "sm90"
     assert re.search(reason, why)
     (refused,) = plan.forward(problem(), ADA).refused
-    assert refused == ("sm90", "are for Hopper GPUs (sm_90a), this one is sm_89")
+    assert refused == ("sm90", "they are for Hopper GPUs (sm_90a), this one is sm_89")
 
 
 def test_wgmma_names_every_register() -> None:
