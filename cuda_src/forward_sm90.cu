@@ -17,6 +17,7 @@
 // The maximum m may lag behind: see Softmax::exponentiate_ahead.
 #include "band.cuh"
 #include "dropout.cuh"
+#include "forward_row.cuh"
 #include "ptx/tma.cuh"
 #include "ring.cuh"
 #include "score.cuh"
@@ -305,6 +306,15 @@ struct Consumer {
       l[half] = softmax.total(0, half);
       inverse[half] = l[half] == 0 ? 0 : keep_scale * reciprocal_fast(l[half]);  // l is NaN if the row's scores are
     }
+    // A NaN or inf in the V of a key that only some rows see has spoilt its column in all of them: any row tells.
+    float zero = 0;
+    if (!strip.band.all_see(strip.first, strip.last, strip.seen.begin * BLOCK_N,
+                            min(strip.seen.end * BLOCK_N, strip.sequence.seqlen_k))) {
+#pragma unroll
+      for (int i = 0; i < 2 * N_OUT; ++i) zero += o[0][i / 2][i % 2] * 0;
+    }
+    const bool spoilt = __any_sync(~0u, zero != 0);
+
     named_barrier_sync(1 + number, 128);  // the whole warpgroup is done with Q
 #pragma unroll
     for (int i = 0; i < DV / 16; ++i) {
@@ -322,6 +332,11 @@ struct Consumer {
                                strip.sequence.rows_q(static_cast<Element*>(p.out), p.out_strides, strip.head),
                                strip.first + warp * 16);
     q_ring.release();
+    if (spoilt) {
+      __syncwarp();
+      for (int row = strip.first + warp * 16; row <= min(strip.first + warp * 16 + 15, strip.last); ++row)
+        forward_row(p, strip.batch, strip.head, row);
+    }
 
     if (p.lse != nullptr && lane % 4 == 0) {
       float* const lse = static_cast<float*>(p.lse) + strip.sequence.lse_offset(p, strip.head);
