@@ -100,6 +100,9 @@ def attention(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is needed.
         UnsupportedError, CompileError: the GPU can't do it; see the module's text.
+        MemoryError: host arrays, of which one head's keys and values don't fit in the GPU's memory.
+
+    What a row does not see is as if absent: NaN and infinities there reach neither its output nor any gradient.
 
     Source: FlashAttention-2, Dao 2023 (arXiv:2307.08691), algorithm 1.
     """

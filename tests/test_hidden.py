@@ -97,22 +97,18 @@ def test_cpu(job: Job) -> None:
     check_hidden(job.case, job.dtype, lambda inputs: run(job.case, inputs))
 
 
-@pytest.fixture
-def portable_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """forward_sm90 does not promise this yet."""
-    caches = (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward)
-    monkeypatch.setenv("ANYATTN_KERNEL", "sm80")
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+# With the kernels that the GPU prefers and, where that may make a difference, with the portable ones.
+GPU = [(job, "") for job in JOBS] + [(job, "sm80") for job in JOBS if job.dtype in ("float16", "bfloat16")]
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("portable_kernels")
-@pytest.mark.parametrize("job", JOBS, ids=str)
-def test_gpu(job: Job) -> None:
+@pytest.mark.parametrize(("job", "kernels"), GPU, ids=str)
+def test_gpu(job: Job, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels:
+        monkeypatch.setenv("ANYATTN_KERNEL", kernels)
+    for cache in (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward):
+        cache.cache_clear()
+
     def compute(inputs: Inputs) -> Results:
         call = Call(inputs, job.deterministic)
         call.forward()
