@@ -101,13 +101,22 @@ def test_cpu(job: Job) -> None:
 GPU = [(job, "") for job in JOBS] + [(job, "sm80") for job in JOBS if job.dtype in ("float16", "bfloat16")]
 
 
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    caches = (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize(("job", "kernels"), GPU, ids=str)
 def test_gpu(job: Job, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels:
         monkeypatch.setenv("ANYATTN_KERNEL", kernels)
-    for cache in (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward):
-        cache.cache_clear()
 
     def compute(inputs: Inputs) -> Results:
         call = Call(inputs, job.deterministic)
