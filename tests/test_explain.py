@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import anyattn
 from anyattn import cli, cpu, explanation, host, launch, offload, plan
 from anyattn import compile as compiler
+from anyattn.bench import tune
 from anyattn.compile import CompileError
 from anyattn.explanation import Explanation, Pass, parse
 from anyattn.plan import Device, UnsupportedError
@@ -23,9 +25,13 @@ SHAPE = (2, 300, 4, 64)
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plans of one test's environment don't outlive it."""
     for name in ("ANYATTN_KERNEL", "ANYATTN_TILES"):
         monkeypatch.delenv(name, raising=False)
+    tune._forget()
+    yield
+    tune._forget()
 
 
 def explain(call: str) -> Explanation:

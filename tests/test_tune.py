@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +31,12 @@ FAMILIES = plan.FAMILIES
 
 
 @pytest.fixture(autouse=True)
-def _own_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("ANYATTN_TILES", "ANYATTN_KERNEL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(plan, "FAMILIES", ("sm80",))
+    tune._forget()
+    yield
     tune._forget()
 
 
@@ -219,6 +222,7 @@ def test_nothing_to_choose() -> None:
 def test_every_cell_has_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, every dtype and GPU: the tile in use is found, and there are others that fit."""
     monkeypatch.setattr(plan, "FAMILIES", FAMILIES)
+    tune._forget()
     for arch in ("sm_80", "sm_89", "sm_90a"):
         device = Device(arch, plan.SHARED_BYTES[arch])
         for direction in ("forward", "backward"):
@@ -322,7 +326,6 @@ def test_the_table_that_is_written(table: Table, monkeypatch: pytest.MonkeyPatch
     for cell, block in ((CELL, (128, 128)), (Cell("forward", "bfloat16", 96), (128, 64)), (wide, (64, 64))):
         constants = dict(tune.planned(cell, ADA).kernels[0].spec.constants)
         assert (constants["BLOCK_M"], constants["BLOCK_N"]) == block
-    tune._forget()
 
 
 def test_the_packages_table_survives() -> None:
