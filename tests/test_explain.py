@@ -15,7 +15,6 @@ import pytest
 import anyattn
 from anyattn import cli, cpu, explanation, host, launch, offload, plan
 from anyattn import compile as compiler
-from anyattn.bench import tune
 from anyattn.compile import CompileError
 from anyattn.explanation import Explanation, Pass, parse
 from anyattn.plan import Device, UnsupportedError
@@ -29,9 +28,12 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plans of one test's environment don't outlive it."""
     for name in ("ANYATTN_KERNEL", "ANYATTN_TILES"):
         monkeypatch.delenv(name, raising=False)
-    tune._forget()
+    caches = (plan.forward, plan.backward)  # some tests replace them
+    for cache in caches:
+        cache.cache_clear()
     yield
-    tune._forget()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def explain(call: str) -> Explanation:
