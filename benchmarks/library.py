@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -178,29 +179,41 @@ def host() -> Iterator[Row]:
     q, k, v, _ = _random((1, 64, 4, 64), "bfloat16")
     rng = np.random.default_rng(0)
     arrays = [cupy.asarray(rng.standard_normal(q.shape).astype(ml_dtypes.bfloat16)) for _ in range(3)]
-    beside: dict[str, float] = {}
-    for name in ("FLASH", "CUDNN", "EFFICIENT"):
-        with sdpa_kernel(rivals.SDPA[name]):
-            beside[name] = _host_time(partial(rivals.plain_sdpa, q, k, v, False), torch.cuda.synchronize)
-    limit = beside["FLASH"] / 2
-    mine = _host_time(partial(anyattn.attention, *arrays), torch.cuda.synchronize)
-    yield Row("host", "CuPy in (limit: FLASH / 2)", "us", mine, beside, limit, more=False)
-    mine = _host_time(partial(anyattn.attention, q, k, v), torch.cuda.synchronize)
-    yield Row("host", "PyTorch in (limit: FLASH / 2)", "us", mine, beside, limit, more=False)
+    names = ("FLASH", "CUDNN", "EFFICIENT")
+    calls: dict[str, Callable[[], object]] = {
+        "CuPy in": partial(anyattn.attention, *arrays),
+        "PyTorch in": partial(anyattn.attention, q, k, v),
+        **dict.fromkeys(names, partial(rivals.plain_sdpa, q, k, v, False)),
+    }
+    backends = {name: partial(sdpa_kernel, rivals.SDPA[name]) for name in names}
+    us = _host_times(calls, backends, torch.cuda.synchronize)
+    beside = {name: us[name] for name in names}
+    for what in ("CuPy in", "PyTorch in"):
+        yield Row("host", f"{what} (limit: FLASH / 2)", "us", us[what], beside, us["FLASH"] / 2, more=False)
 
 
-def _host_time(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
-    """Microseconds. A batch is shorter than the launch queue, so no call of it waits for the GPU."""
-    calls, batches = 100, 50
-    samples = []
-    for _ in range(batches):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        samples.append((time.perf_counter() - start) / calls)
-    synchronize()
-    return statistics.median(samples) * 1e6
+def _host_times(
+    calls: Mapping[str, Callable[[], object]],
+    contexts: Mapping[str, Callable[[], AbstractContextManager[object]]],
+    synchronize: Callable[[], None],
+) -> dict[str, float]:
+    """Microseconds. The contenders take turns, since hosts have fast and slow seconds.
+
+    A batch is shorter than the launch queue, so no call of it waits for the GPU.
+    """
+    size, rounds = 100, 50
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            with contexts.get(name, nullcontext)():
+                call()
+                synchronize()
+                start = time.perf_counter()
+                for _ in range(size):
+                    call()
+                samples[name].append((time.perf_counter() - start) / size)
+                synchronize()
+    return {name: statistics.median(seconds) * 1e6 for name, seconds in samples.items()}
 
 
 # --- in processes of their own ---------------------------------------------------------------------------------------
