@@ -175,7 +175,7 @@ struct Consumer {
       : p(params),
         shared(shared_),
         number(number_),
-        warp(threadIdx.x / 32 % 4),
+        warp(__shfl_sync(~0u, threadIdx.x / 32 % 4, 0)),
         lane(threadIdx.x % 32),
         q_ring(shared.q_stages()),
         k_ring(shared.k_stages()),
