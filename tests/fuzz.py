@@ -323,7 +323,7 @@ def judge(trial: Trial, inputs: Inputs, results: Results, margin: float) -> bool
             for name, bound in tolerances(case, dtype, other, expected(case, other)).items():
                 bounds[name] = max(bounds[name], bound)
         slack = dict.fromkeys(found, 0.0) | {
-            name: rounding_of_scores(trial, inputs, name) for name in ("dq", "dk", "dv")
+            name: rounding_of_scores(trial, inputs, name) for name in ("out", "dq", "dk", "dv")
         }
         if any(found[name] > margin * bounds[name] + slack[name] for name in found):
             raise
@@ -332,10 +332,10 @@ def judge(trial: Trial, inputs: Inputs, results: Results, margin: float) -> bool
 
 
 def rounding_of_scores(trial: Trial, inputs: Inputs, name: str) -> float:
-    """What a gradient may be off because the backward pass computes the scores anew, rounded in another order.
+    """What a result may be off because its scores are rounded in another order than the yardstick's.
 
-    The plain yardstick uses one set of scores throughout. Probabilities change by the scores' error, at the most a unit
-    roundoff of |scale| |q| |k|; it matters with large scores and few visible keys.
+    Probabilities change by the scores' error, at the most a unit roundoff of |scale| |q| |k|; it matters with large
+    scores and few visible keys. (The plain backward pass, moreover, uses the scores of its forward pass.)
     """
     if not inputs.q.size or not inputs.k.size:
         return 0.0
