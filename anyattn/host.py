@@ -51,7 +51,7 @@ def forward(
         from anyattn import cpu
 
         info_once("first use of anyattn.cpu.forward")
-        cpu.forward(problem, **arrays, **results, **optional, seed=seed)
+        cpu.forward(problem, *arrays.values(), *results.values(), **optional, seed=seed)
     else:
         from anyattn import offload
 
@@ -87,7 +87,7 @@ def backward(
         from anyattn import cpu
 
         info_once("first use of anyattn.cpu.backward")
-        cpu.backward(bp, **arrays, **results, **optional, seed=seed)
+        cpu.backward(bp, *arrays.values(), *results.values(), **optional, seed=seed)
     else:
         from anyattn import offload
 
