@@ -234,16 +234,19 @@ def test_the_current_device_comes_back(current: int, fails: bool, monkeypatch: p
 def test_out_of_memory(job: Job) -> None:
     """CuPy's own error, nothing left behind, and the next call works."""
     pool, inputs = cupy.get_default_memory_pool(), job.inputs()
+    pool.free_all_blocks()
     q, k, v, dout = map(to_cupy, (inputs.q, inputs.k, inputs.v, inputs.dout))
     out, lse = anyattn.attention(q, k, v, causal=True, return_lse=True)
     wanted = anyattn.attention_backward(dout, q, k, v, out, lse, causal=True, deterministic=True)
+    # The same a hundred times over takes no memory, but its results do.
+    many = [cupy.broadcast_to(x[:1], (100, *x.shape[1:])) for x in (dout, q, k, v, out, lse)]
     pool.free_all_blocks()
     before = pool.used_bytes()
     pool.set_limit(size=pool.total_bytes() + 4096)
     try:
         for call in (
-            lambda: anyattn.attention(q, k, v, causal=True),
-            lambda: anyattn.attention_backward(dout, q, k, v, out, lse, causal=True, deterministic=True),
+            lambda: anyattn.attention(*many[1:4], causal=True),
+            lambda: anyattn.attention_backward(*many, causal=True, deterministic=True),
         ):
             with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
                 call()
