@@ -106,7 +106,7 @@ def _host(result: dict[str, Any]) -> Any:
     axis.set_yscale("log")
     axis.set_ylabel("ms")
     axis.set_title(f"NumPy arrays on a GPU: times the larger of copies and kernels (limit {result['limit']})")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axis.spines[["top", "right"]].set_visible(False)
     figure.text(0.5, -0.12, footer(result["meta"]), ha="center", fontsize=8, color="#555555")
     return figure
