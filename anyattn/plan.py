@@ -80,7 +80,7 @@ def forward(problem: Problem, device: Device) -> Plan:
 @functools.lru_cache(maxsize=4096)
 def backward(bp: BackwardProblem, device: Device) -> Plan:
     """The plan of a backward call: delta, the gradients, dQ from its accumulator. Raises UnsupportedError."""
-    return _choose({"sm80": _backward_sm80}, bp, device)
+    return _choose({"sm90": _backward_sm90, "sm80": _backward_sm80}, bp, device)
 
 
 _Call = TypeVar("_Call", Problem, BackwardProblem)
@@ -155,6 +155,56 @@ def _check_tma(problem: Problem, device: Device) -> None:
             raise UnsupportedError(f"they load through tensor maps, but {name} {reason}")
 
 
+def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
+    problem = bp.problem
+    _check_tma(problem, device)
+    if bp.align < 16:
+        raise UnsupportedError("they need dout and out at multiples of 16 bytes, row by row, with contiguous columns")
+    if reason := tensormap.refusal(bp.dout_strides, problem.total_q or problem.seqlen_q, problem.itemsize):
+        raise UnsupportedError(f"they load through tensor maps, but dout {reason}")
+    tile = _tile("backward_sm90", problem, device, _backward_sm90_shared)
+    producer_registers, consumer_registers = REGISTERS[2]
+    constants = {
+        **_problem_constants(problem, bp.align),
+        **_tile_constants(tile),
+        "PRODUCER_REGISTERS": producer_registers,
+        "CONSUMER_REGISTERS": consumer_registers,
+        "DETERMINISTIC": problem.deterministic,
+        "SHARED_BYTES": tile["shared"],
+        "Q_COLUMN_STEP": _dq_column_step(tile),
+        "TICKETS": tile["WARPS"],
+        "ROW_SUMS": True,
+    }
+    columns = _padded(problem.head_dim, _dq_column_step(tile))
+    widths = (
+        *(tile["BLOCK_M"], columns // tile["Q"][1]),
+        *(_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v)),
+    )
+    threads = 128 * (1 + tile["WARPS"] // 4)
+    main = ("backward_sm90", threads, wgmma.functions(problem.dtype, widths))
+    return replace(
+        _backward(bp, device, tile, constants, main, columns),
+        section=1,
+        boxes=(("q", tile["BLOCK_M"]), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"]), ("dout", tile["BLOCK_M"])),
+    )
+
+
+def _dq_column_step(tile: dict[str, Any]) -> int:
+    """What dQ's columns are padded to a multiple of: panels of 64 for each consumer that takes some of them."""
+    return 64 * int(tile["Q"][1]) if tile["Q"][1] > 1 else 16
+
+
+def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
+    d, dv = (
+        _padded(_padded(problem.head_dim, _dq_column_step(tile)), 64),
+        _padded(problem.head_dim_v, 64),
+    )
+    m, n, stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"]
+    elements = (n + stages * m) * (d + dv) + 2 * m * n
+    dq = m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
+    return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 16 * (1 + 2 * stages))
+
+
 def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     d, dv = _padded(problem.head_dim, 64), _padded(problem.head_dim_v, 64)
     elements = tile["Q_STAGES"] * tile["CONSUMERS"] * 64 * max(d, dv) + tile["STAGES"] * tile["BLOCK_N"] * (d + dv)
@@ -186,36 +236,64 @@ def _forward_sm80(problem: Problem, device: Device) -> Plan:
 def _backward_sm80(bp: BackwardProblem, device: Device) -> Plan:
     problem = bp.problem
     tile = _tile("backward_sm80", problem, device, _backward_shared)
-    row_blocks, key_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"]), _blocks(problem.seqlen_k, tile["BLOCK_N"])
+    parts = _backward_parts(tile)
     constants = {
         **_problem_constants(problem, bp.align),
         **_tile_constants(tile),
         "DETERMINISTIC": problem.deterministic,
         "SHARED_BYTES": tile["shared"],
+        "Q_COLUMN_STEP": parts,
+        "TICKETS": 1,
+        "ROW_SUMS": False,
     }
+    main = ("backward_sm80", 32 * tile["WARPS"], "")
+    return _backward(bp, device, tile, constants, main, _padded(problem.head_dim, parts))
+
+
+def _backward(
+    bp: BackwardProblem,
+    device: Device,
+    tile: dict[str, Any],
+    constants: dict[str, Any],
+    main: tuple[str, int, str],
+    columns: int,
+) -> Plan:
+    """The three launches around the main kernel (name, threads, its products); dQ's accumulator has so many columns."""
+    problem, (name, main_threads, products) = bp.problem, main
+    row_blocks, key_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"]), _blocks(problem.seqlen_k, tile["BLOCK_N"])
     by_rows, by_keys = row_blocks * problem.heads * problem.batch, key_blocks * problem.heads_kv * problem.batch
     threads = 32 * tile["WARPS"]
-    shared_names = ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "WARPS", "KV_WARPS_D", "Q_WARPS_M", "Q_WARPS_D")
+    shared_names = ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "WARPS", "Q_COLUMN_STEP", "Q_WARPS_M", "Q_WARPS_D")
     sums = {name: constants[name] for name in shared_names}
-    delta = sums | {name: constants[name] for name in ("HEAD_DIM_V", "COPY_BYTES", "DETERMINISTIC")}
-    columns = _padded(problem.head_dim, _backward_parts(tile))
+    delta_names = (
+        "HEAD_DIM_V",
+        "COPY_BYTES",
+        "DETERMINISTIC",
+        "TICKETS",
+        "ROW_SUMS",
+        "SOFTCAP",
+        "ALIBI",
+        "SIGNED_SCALE",
+    )
+    delta = sums | {name: constants[name] for name in delta_names}
     convert = sums | {"SHARED_BYTES": tile["BLOCK_M"] * columns * problem.itemsize}
     kernels = (
         _kernel("backward_delta", delta, device, by_rows, threads),
-        _kernel("backward_sm80", constants, device, by_keys, threads),
+        _kernel(name, constants, device, by_keys, main_threads, products),
         _kernel("backward_dq", convert, device, by_rows, threads),
     )
     rows, blocks = problem.seqlen_q * problem.batch, row_blocks * problem.batch
     if problem.varlen:  # a sequence takes one block more than its share at the most
         rows, blocks = problem.total_q, problem.total_q // tile["BLOCK_M"] + problem.batch
     accum = ITEMSIZE[problem.lse_dtype]
+    row_sums = blocks * 2 * tile["BLOCK_M"] if constants["ROW_SUMS"] else rows
     return Plan(
         tuple(kernel for kernel in kernels if kernel.grid),
         row_blocks,
         key_blocks,
-        delta_bytes=_aligned(rows * problem.heads * accum),
+        delta_bytes=_aligned(row_sums * problem.heads * accum),
         dq_accum_bytes=_aligned(blocks * problem.heads * tile["BLOCK_M"] * columns * accum),
-        ticket_bytes=_aligned(blocks * problem.heads * 4) if problem.deterministic else 0,
+        ticket_bytes=_aligned(blocks * problem.heads * constants["TICKETS"] * 4) if problem.deterministic else 0,
     )
 
 
@@ -226,6 +304,7 @@ def default_specs(arch: str) -> list[Spec]:
     for name, shared, planner in (
         ("forward_sm90", _forward_sm90_shared, _forward_sm90),
         ("forward_sm80", _forward_shared, _forward_sm80),
+        ("backward_sm90", _backward_sm90_shared, _backward_sm90),
         ("backward_sm80", _backward_shared, _backward_sm80),
     ):
         for dtype in ("bfloat16", "float32", "float64"):

@@ -1,5 +1,6 @@
 // First step of the backward pass: delta = rowsum(dO * O), with dQ's accumulator and the tickets set to zero.
 #include "dq_accum.cuh"
+#include "score.cuh"
 
 constexpr int BYTES =
     HEAD_DIM_V * int(sizeof(Element)) | COPY_BYTES;              // its lowest bit is the widest access that rows allow
@@ -19,6 +20,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
   const auto dout = sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, head);
   const auto out = sequence.rows_q(static_cast<const Element*>(p.out), p.out_strides, head);
   Accum* const delta = static_cast<Accum*>(p.delta) + sequence.workspace_row(p, head);
+  const RowSums sums(p, sequence, head, block_m);
 
   const int lane = threadIdx.x % LANES;
   for (int row = block_m * BLOCK_M + threadIdx.x / LANES; row - threadIdx.x / LANES % (32 / LANES) < end;
@@ -35,12 +37,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
     }
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    if (lane == 0 && row < end) delta[row] = sum;
+    if (lane == 0 && row < end) {
+      if constexpr (ROW_SUMS) {
+        const Accum lse = static_cast<const Accum*>(p.lse)[sequence.lse_offset(p, head) + row * p.lse_row];
+        sums.lse[row - block_m * BLOCK_M] =
+            lse == minus_infinity<Accum>() ? -minus_infinity<Accum>() : lse * static_cast<Accum>(LOG2E);
+        sums.delta[row - block_m * BLOCK_M] = sum;
+      } else {
+        delta[row] = sum;
+      }
+    }
   }
+  if constexpr (ROW_SUMS)
+    for (int i = end - block_m * BLOCK_M + threadIdx.x; i < BLOCK_M; i += 32 * WARPS)
+      sums.lse[i] = -minus_infinity<Accum>(), sums.delta[i] = 0;
 
   const DqAccum dq_accum(p, sequence, head, block_m);
   for (int i = threadIdx.x; i < BLOCK_M * D * int(sizeof(Accum)) / 16; i += 32 * WARPS)
     reinterpret_cast<uint4*>(dq_accum.origin)[i] = uint4{0, 0, 0, 0};
   if constexpr (DETERMINISTIC)
-    if (threadIdx.x == 0) p.tickets[dq_accum.block] = 0;
+    if (threadIdx.x < TICKETS) p.tickets[dq_accum.block * TICKETS + threadIdx.x] = 0;
 }

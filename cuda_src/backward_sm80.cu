@@ -23,6 +23,7 @@
 #include "gemm.cuh"
 #include "score.cuh"
 #include "sequence.cuh"
+#include "visible.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int K_STEP = Traits<Element>::K_STEP;
@@ -60,40 +61,6 @@ struct Turn {
     if (threadIdx.x == 0) add_release(ticket, 1);
   }
 };
-
-// Whether a product A B had a NaN or inf in A or B: it spoils a row or a column, so one of each tells.
-template <int M, int N>
-__device__ __forceinline__ bool any_non_finite(const Accum (&x)[M][N][4]) {
-  Accum zero = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * N; ++i) zero += x[0][i / 2][i % 2] * 0;
-#pragma unroll
-  for (int i = 1; i < 2 * M; ++i) zero += x[i / 2][0][i % 2 * 2] * 0;
-  return zero != 0;
-}
-
-// acc += A B for A = P or dS [rows, keys], or their transpose, without the entries of A that are hidden.
-template <bool TRANSPOSED, int M, int N, class T>
-__device__ __forceinline__ void add_visible(Accum (&acc)[M][N][4], const TileP& a, int a_start, const T& b, int b_start,
-                                            const Band& band, int first_row, int first_key) {
-#pragma unroll
-  for (int n = 0; n < N; ++n) {  // a few columns at a time: there are no registers for more
-    const int lane = recompute(threadIdx.x) % 32, outer0 = a_start + lane / 4, col = b_start + 8 * n + lane % 4 * 2;
-#pragma unroll 1
-    for (int depth = 0; depth < (TRANSPOSED ? BLOCK_M : BLOCK_N); ++depth) {
-      const Accum y[2] = {load_element<Element>(b.address(depth, col * int(sizeof(Element)))),
-                          load_element<Element>(b.address(depth, (col + 1) * int(sizeof(Element))))};
-#pragma unroll
-      for (int i = 0; i < 2 * M; ++i) {
-        const int outer = outer0 + 8 * i, row = TRANSPOSED ? depth : outer, key = TRANSPOSED ? outer : depth;
-        if (!band.sees(first_row + row, first_key + key)) continue;
-        const Accum x = load_element<Element>(a.address(row, key * int(sizeof(Element))));
-#pragma unroll
-        for (int j = 0; j < 2; ++j) acc[i / 2][n][i % 2 * 2 + j] += x * y[j];
-      }
-    }
-  }
-}
 
 // Writes a gradient out through a tile that no one else uses any more.
 template <int WIDTH, class T, int M, int N>

@@ -34,6 +34,22 @@ struct Band {
     }
   }
 
+  // The same for entries that lie transposed: a lane's first one is that of key0 and row0, keys g, g + 8 down, rows
+  // along.
+  template <int N, class Accum>
+  __device__ __forceinline__ void mask_transposed(Accum (&s)[N][4], int row0, int key0, Accum hidden) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = key0 + 8 * half, begin = key - offset - right - row0;
+      const int end = key < seqlen_k ? min(seqlen_q, key - offset + left + 1) - row0 : 0;
+#pragma unroll
+      for (int j = 0; j < 2 * N; ++j) {
+        const int row = j / 2 * 8 + j % 2;
+        if (row < begin || row >= end) s[j / 2][2 * half + j % 2] = hidden;
+      }
+    }
+  }
+
   // Both ends only grow from row to row.  Whether all rows of [first, last] see all of these keys:
   __device__ __forceinline__ bool all_see(int first, int last, int key_begin, int key_end) const {
     return key_begin >= low(last) && key_end <= high(first);

@@ -5,8 +5,7 @@
 
 using Accum = Traits<Element>::Accum;
 
-constexpr int Q_COLUMN_STEP =
-    16 * (KV_WARPS_D > Q_WARPS_D ? KV_WARPS_D : Q_WARPS_D);  // head dims are padded to whole parts
+// Head dims are padded to whole parts of Q_COLUMN_STEP columns.
 constexpr int D = (HEAD_DIM + Q_COLUMN_STEP - 1) / Q_COLUMN_STEP * Q_COLUMN_STEP;
 constexpr int Q_ROWS = BLOCK_M / Q_WARPS_M, Q_COLUMNS = D / Q_WARPS_D;  // of one warp's part
 static_assert(Q_ROWS % 16 == 0 && Q_WARPS_M * Q_WARPS_D <= WARPS);
@@ -52,4 +51,13 @@ struct DqAccum {
     for (int i = 0; i < Q_ROWS / 16 * (Q_COLUMNS / 8) * 4; ++i)
       dq[i / (Q_COLUMNS / 2)][i / 4 % (Q_COLUMNS / 8)][i % 4] = from[i / 4 * 128 + i % 4 * STEP];
   }
+};
+
+// LSE and delta of a block of rows side by side, as backward_sm90.cu takes them: LSE in powers of two, +inf for rows
+// that see nothing or are not there, so that their P is 0.
+struct RowSums {
+  Accum *lse, *delta;  // [BLOCK_M]
+
+  __device__ __forceinline__ RowSums(const Params& p, const Sequence& s, int head, int block_m)
+      : lse(static_cast<Accum*>(p.delta) + DqAccum(p, s, head, block_m).block * (2 * BLOCK_M)), delta(lse + BLOCK_M) {}
 };

@@ -38,6 +38,17 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// And learn whether the predicate holds for any of them.
+__device__ __forceinline__ bool named_barrier_or(int id, int threads, bool predicate) {
+  int any;
+  asm volatile(
+      "{.reg .pred mine, all; setp.ne.s32 mine, %3, 0; bar.red.or.pred all, %1, %2, mine; selp.s32 %0, 1, 0, all;}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(int(predicate))
+      : "memory");
+  return any;
+}
+
 // How many registers each thread of this warpgroup has from here on.  PTX ISA, setmaxnreg.
 template <int COUNT>
 __device__ __forceinline__ void release_registers() {

@@ -24,6 +24,11 @@ __device__ __forceinline__ void store_matrices(unsigned address, const unsigned 
                "r"(w[2]), "r"(w[3])
                : "memory");
 }
+__device__ __forceinline__ void store_matrices_transposed(unsigned address, const unsigned (&w)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(w[0]),
+               "r"(w[1]), "r"(w[2]), "r"(w[3])
+               : "memory");
+}
 #endif
 
 __device__ __forceinline__ int4 load_shared(unsigned address) {
@@ -40,6 +45,10 @@ __device__ __forceinline__ void store_shared(unsigned address, int4 x) {
 }
 __device__ __forceinline__ void load_shared(unsigned short& x, unsigned address) {
   asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(address));
+}
+__device__ __forceinline__ void store_shared(unsigned address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 __device__ __forceinline__ void load_shared(float& x, unsigned address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address));

@@ -13,3 +13,23 @@ __device__ __forceinline__ void load_box(unsigned destination, const TensorMap& 
       "l"(&map), "r"(full.address), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+
+// A run of bytes (16-byte aligned, a multiple of 16 long) into shared memory, counted like a box.  PTX ISA,
+// cp.async.bulk.
+__device__ __forceinline__ void load_run(unsigned destination, const void* source, Barrier full, int bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(full.address)
+      : "memory");
+}
+
+// Adds a run of floats in shared memory to one in global memory.  PTX ISA, cp.reduce.async.bulk.
+__device__ __forceinline__ void add_run(float* destination, unsigned source, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),
+               "r"(source), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until this thread's additions have read shared memory; until they are done.
+__device__ __forceinline__ void wait_runs_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_runs() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
