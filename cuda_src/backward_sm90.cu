@@ -262,7 +262,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         wgmma_wait<1>();
         pin(dv[0]);
         pin(p_words);
-        dout_ring.release();
+        dout_ring.stages.release(dout_ring.stage);
         pin(dk[0]);
         pin(ds_words);
         wgmma_fence();
@@ -283,8 +283,10 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         add_visible<true>(dv, p_smem, key_start, dout_smem, 0, band, first_row, first_of_block);
         add_visible<true>(dk, ds_smem, key_start, q_smem, 0, band, first_row, first_of_block);
         named_barrier_sync(1, 256);
-        dout_ring.release();
+        dout_ring.stages.release(dout_ring.stage);
       }
+
+      dout_ring.next();
 
       const DqAccum dq_accum(p, sequence, head, block);
       if (lane == 0) {

@@ -46,7 +46,7 @@ __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool predi
       : "=r"(any)
       : "r"(id), "r"(threads), "r"(int(predicate))
       : "memory");
-  return any;
+  return __shfl_sync(~0u, any, 0);
 }
 
 // How many registers each thread of this warpgroup has from here on.  PTX ISA, setmaxnreg.
