@@ -200,17 +200,30 @@ struct Consumer {
         }
         for (int block = strip.seen.end - 2; block >= strip.seen.begin; --block) {
           float s[1][N][4], shrink[1][2];
-          unsigned next_probs[N / 2][4];
           start_scores(s);
           start_output(strip, block + 1);
           wgmma_wait<1>();
           finish_scores(s, strip, block);
-          const bool moved = softmax.exponentiate_ahead<Element>(next_probs, s, shrink, score.factor);
-          drop(next_probs, strip, block);
-          pin(next_probs);
-          finish_output();
-          if (moved) softmax.rescale(o, shrink);
-          copy(next_probs);
+          if constexpr (AHEAD) {
+            unsigned next_probs[N / 2][4];
+            const bool moved = softmax.exponentiate_ahead<Element>(next_probs, s, shrink, score.factor);
+            drop(next_probs, strip, block);
+            pin(next_probs);
+            finish_output();
+            if (moved) softmax.rescale(o, shrink);
+            copy(next_probs);
+          } else {
+            const bool moved = softmax.raise_maximum(s, shrink, score.factor);
+            if (moved) softmax.l[0][0] *= shrink[0][0], softmax.l[0][1] *= shrink[0][1];
+            softmax.exponentiate(s, score.factor);
+            keep_before(softmax.l[0]);
+            finish_output();
+            if (moved) softmax.rescale(o, shrink);
+#pragma unroll
+            for (int i = 0; i < 2 * N; ++i)
+              probs[i / 4][i % 4] = pack(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1], Element{});
+            drop(probs, strip, block);
+          }
         }
         start_output(strip, strip.seen.begin);
         finish_output();
