@@ -29,6 +29,7 @@ POINTERS = (
 )  # fmt: skip
 _STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
+_TICKETS = POINTERS.index("tickets")
 _POINTERS = struct.Struct(f"{len(POINTERS)}Q")
 
 # cuda_src/params.cuh, field by field in the same order (a test compares them); the compiler checks the size.
@@ -80,15 +81,17 @@ class _Arguments(threading.local):
 
 def forward(
     problem: Problem, q: int, k: int, v: int, out: int, lse: int, stream: int,
-    *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0,
+    *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0, workspace: int = 0,
 ) -> None:  # fmt: skip
     """Launch the forward kernel of a problem on a stream (a CUstream handle; 0 is the legacy default stream).
 
     All arguments but seed are device pointers of arrays as the problem describes them; lse may be 0 if nobody wants it.
+    `workspace` points to workspace_bytes(problem) bytes of any content: none unless sequences are packed.
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)
-    _launch(prepared, (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, 0, alibi, cu_seqlens_q, cu_seqlens_k, seed), stream)
+    pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, workspace, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    _launch(prepared, pointers, stream)
 
 
 def backward(
@@ -105,9 +108,11 @@ def backward(
     _launch(prepared, (*pointers, seed), stream)
 
 
-def workspace_bytes(bp: BackwardProblem) -> int:
-    """Device memory, in bytes, that backward() needs besides its arguments."""
-    return plan.backward(bp, device(bp.problem.device)).workspace_bytes
+def workspace_bytes(call: Problem | BackwardProblem) -> int:
+    """Device memory, in bytes, that forward() or backward() needs besides its arguments."""
+    if isinstance(call, Problem):
+        return plan.forward(call, device(call.device)).workspace_bytes
+    return plan.backward(call, device(call.problem.device)).workspace_bytes
 
 
 @functools.cache
@@ -258,6 +263,8 @@ def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None
         cuda.runtime.setDevice(prepared.device)
         arguments.used = True
     try:
+        if prepared.plan.ticket_bytes:
+            cuda.runtime.memsetAsync(pointers[_TICKETS], 0, prepared.plan.ticket_bytes, stream)
         for function, blocks, threads, shared_bytes in prepared.launches:
             # The driver's own function: a Function would take as long again to look at what it is given.
             cuda.driver.launchKernel(

@@ -44,10 +44,13 @@ def forward(
     """
 
     def start(part: Part, there: Mapping[str, int], stream: int) -> None:
-        q, k, v, out, lse = (there[name] for name in ("q", "k", "v", "out", "lse"))
-        launch.forward(part.problem, q, k, v, out, lse, stream, **_optional(there), seed=seed)
+        q, k, v, out, lse, workspace = (there[name] for name in ("q", "k", "v", "out", "lse", "workspace"))
+        launch.forward(part.problem, q, k, v, out, lse, stream, **_optional(there), seed=seed, workspace=workspace)
 
-    _run(_parts(problem, lengths, backward=False), arrays, results, start, lambda part: 0)
+    def workspace(part: Part) -> int:
+        return launch.workspace_bytes(part.problem)
+
+    _run(_parts(problem, lengths, backward=False), arrays, results, start, workspace)
 
 
 def backward(

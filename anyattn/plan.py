@@ -108,7 +108,9 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
     _check_tma(problem, device)
     tile = _tile("forward_sm90", problem, device, _forward_sm90_shared)
     consumers = tile["CONSUMERS"]
-    producer_registers, consumer_registers = REGISTERS[consumers]
+    if (consumers, tile["MIN_BLOCKS"]) not in REGISTERS:
+        raise UnsupportedError(f"{tile['MIN_BLOCKS']} blocks of {consumers} consumers have too few registers")
+    producer_registers, consumer_registers = REGISTERS[consumers, tile["MIN_BLOCKS"]]
     constants = {
         **_problem_constants(problem, problem.align),
         **_tile_constants(tile),
@@ -118,24 +120,29 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
     }
     row_blocks = _blocks(problem.seqlen_q, 64 * consumers)
     tiles = row_blocks * problem.heads * problem.batch
-    if tiles > MAX_GRID:
-        raise UnsupportedError(f"{tiles} tiles are more than {MAX_GRID}")
-    # Only the device knows the lengths of packed sequences: then a thread block takes one tile, and the GPU balances.
-    grid = tiles if problem.varlen else min(tiles, device.multiprocessors)
+    _check_tiles(tiles)
+    grid = min(tiles, device.multiprocessors * tile["MIN_BLOCKS"])
     products = wgmma.functions(problem.dtype, (tile["BLOCK_N"], _padded(problem.head_dim_v, 16)))
     kernel = _kernel("forward_sm90", constants, device, grid, 128 * (1 + consumers), products)
     return Plan(
         (kernel,) if grid else (),
         row_blocks,
         key_blocks=0,
+        ticket_bytes=4 if problem.varlen and grid else 0,
         section=_section(problem, row_blocks, device),
         boxes=(("q", 64), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"])),
     )
 
 
-# Registers of a producer's and of a consumer's thread, by the number of consumers: together no more than the 64 Ki of a
-# multiprocessor, in steps of 8.
-REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
+# Registers of a producer's and of a consumer's thread, by the number of consumers and of thread blocks at a time, in
+# steps of 8. Together no more than the thread block starts with, or it waits for ever: its threads' equal parts of the
+# multiprocessor's 64 Ki, in such steps.
+REGISTERS = {(1, 1): (40, 240), (2, 1): (40, 232), (3, 1): (32, 160), (2, 2): (24, 104)}
+
+
+def _check_tiles(tiles: int) -> None:
+    if tiles > 2**30:  # thread blocks that stay count a little further
+        raise UnsupportedError(f"{tiles} tiles are more than the {2**30} they can count")
 
 
 def _check_tma(problem: Problem, device: Device) -> None:
@@ -162,8 +169,18 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         raise UnsupportedError("they need dout and out at multiples of 16 bytes, row by row, with contiguous columns")
     if reason := tensormap.refusal(bp.dout_strides, problem.total_q or problem.seqlen_q, problem.itemsize):
         raise UnsupportedError(f"they load through tensor maps, but dout {reason}")
-    tile = _tile("backward_sm90", problem, device, _backward_sm90_shared)
-    producer_registers, consumer_registers = REGISTERS[2]
+    wide = max(problem.head_dim, problem.head_dim_v) > 128
+    name = "backward_wide_sm90" if wide else "backward_sm90"
+    tile = _tile(name, problem, device, _backward_wide_sm90_shared if wide else _backward_sm90_shared)
+    key_blocks = _blocks(problem.seqlen_k, tile["BLOCK_N"])
+    tiles = key_blocks * problem.heads_kv * problem.batch
+    _check_tiles(tiles)
+    columns = _padded(problem.head_dim, _dq_column_step(tile))
+    gradients = [_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v)]
+    if wide:  # panel by panel
+        gradients = [width for columns in gradients for width in (64, columns % 64) if width]
+    # Dropout and softcap keep more between the products.
+    producer_registers, consumer_registers = (24, 240) if wide or problem.dropout or problem.softcap else (40, 232)
     constants = {
         **_problem_constants(problem, bp.align),
         **_tile_constants(tile),
@@ -172,19 +189,23 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         "DETERMINISTIC": problem.deterministic,
         "SHARED_BYTES": tile["shared"],
         "Q_COLUMN_STEP": _dq_column_step(tile),
-        "TICKETS": tile["WARPS"],
         "ROW_SUMS": True,
+        "SET_BY_FIRST": not wide,
     }
-    columns = _padded(problem.head_dim, _dq_column_step(tile))
-    widths = (
-        *(tile["BLOCK_M"], columns // tile["Q"][1]),
-        *(_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v)),
+    main = _Main(
+        name,
+        constants,
+        2 * tiles if wide else min(tiles, device.multiprocessors),
+        128 * (1 + tile["WARPS"] // 4),
+        columns,
+        # Each warp's turn to add; or each consumer's, whether or not in order, behind a counter of tiles.
+        tickets=tile["WARPS"] * problem.deterministic if wide else tile["WARPS"] // 4,
+        counters=0 if wide else 1,
+        products=wgmma.functions(problem.dtype, (tile["BLOCK_M"], columns // tile["Q"][1], *gradients)),
     )
-    threads = 128 * (1 + tile["WARPS"] // 4)
-    main = ("backward_sm90", threads, wgmma.functions(problem.dtype, widths))
     return replace(
-        _backward(bp, device, tile, constants, main, columns),
-        section=1,
+        _backward(bp, device, tile, main),
+        section=1 if wide else _section(problem, key_blocks, device),
         boxes=(("q", tile["BLOCK_M"]), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"]), ("dout", tile["BLOCK_M"])),
     )
 
@@ -202,13 +223,25 @@ def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     m, n, stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"]
     elements = (n + stages * m) * (d + dv) + 2 * m * n
     dq = m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
-    return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 16 * (1 + 2 * stages))
+    return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 32 + 16 * (2 + 2 * stages + 2))
+
+
+def _backward_wide_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
+    """The larger of what thread blocks for dK and for dV take."""
+    k = _padded(problem.head_dim, _dq_column_step(tile))
+    q, dv = _padded(problem.head_dim, 64), _padded(problem.head_dim_v, 64)
+    m, n = tile["BLOCK_M"], tile["BLOCK_N"]
+
+    def part(panels: int, v: int) -> int:
+        return int((n * (k + v) + m * n + panels * m * 64) * problem.itemsize + 2 * 2 * m * 4 + 16 * (4 + panels))
+
+    return max(part(tile["Q_STAGES"] + tile["DOUT_STAGES"], dv), part(2 * (q + dv) // 64, 0))
 
 
 def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     d, dv = _padded(problem.head_dim, 64), _padded(problem.head_dim_v, 64)
     elements = tile["Q_STAGES"] * tile["CONSUMERS"] * 64 * max(d, dv) + tile["STAGES"] * tile["BLOCK_N"] * (d + dv)
-    return int(elements * problem.itemsize + 16 * (2 * tile["Q_STAGES"] + 2 * tile["STAGES"]))
+    return int(elements * problem.itemsize + 32 + 16 * (1 + tile["Q_STAGES"] + 2 * tile["STAGES"]))
 
 
 def _section(problem: Problem, row_blocks: int, device: Device) -> int:
@@ -243,43 +276,51 @@ def _backward_sm80(bp: BackwardProblem, device: Device) -> Plan:
         "DETERMINISTIC": problem.deterministic,
         "SHARED_BYTES": tile["shared"],
         "Q_COLUMN_STEP": parts,
-        "TICKETS": 1,
         "ROW_SUMS": False,
+        "SET_BY_FIRST": False,
     }
-    main = ("backward_sm80", 32 * tile["WARPS"], "")
-    return _backward(bp, device, tile, constants, main, _padded(problem.head_dim, parts))
+    blocks = _blocks(problem.seqlen_k, tile["BLOCK_N"]) * problem.heads_kv * problem.batch
+    columns = _padded(problem.head_dim, parts)
+    main = _Main("backward_sm80", constants, blocks, 32 * tile["WARPS"], columns, tickets=int(problem.deterministic))
+    return _backward(bp, device, tile, main)
 
 
-def _backward(
-    bp: BackwardProblem,
-    device: Device,
-    tile: dict[str, Any],
-    constants: dict[str, Any],
-    main: tuple[str, int, str],
-    columns: int,
-) -> Plan:
-    """The three launches around the main kernel (name, threads, its products); dQ's accumulator has so many columns."""
-    problem, (name, main_threads, products) = bp.problem, main
-    row_blocks, key_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"]), _blocks(problem.seqlen_k, tile["BLOCK_N"])
-    by_rows, by_keys = row_blocks * problem.heads * problem.batch, key_blocks * problem.heads_kv * problem.batch
-    threads = 32 * tile["WARPS"]
-    shared_names = ("Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "WARPS", "Q_COLUMN_STEP", "Q_WARPS_M", "Q_WARPS_D")
-    sums = {name: constants[name] for name in shared_names}
-    delta_names = (
+@dataclass(frozen=True)
+class _Main:
+    """The main kernel of a backward pass."""
+
+    name: str
+    constants: dict[str, Any]
+    grid: int
+    threads: int
+    columns: int  # of dQ's accumulator
+    tickets: int  # for each block of rows
+    counters: int = 0  # before them
+    products: str = ""
+
+
+def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _Main) -> Plan:
+    """All its launches."""
+    problem, constants = bp.problem, main.constants
+    row_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"])
+    by_rows, threads = row_blocks * problem.heads * problem.batch, 32 * tile["WARPS"]
+    accumulator = ["Element", "HEAD_DIM", "VARLEN", "BLOCK_M", "WARPS", "Q_COLUMN_STEP", "Q_WARPS_M", "Q_WARPS_D"]
+    sums = {name: constants[name] for name in accumulator}
+    delta_names = [
+        "BLOCK_N",
         "HEAD_DIM_V",
         "COPY_BYTES",
-        "DETERMINISTIC",
-        "TICKETS",
         "ROW_SUMS",
+        "SET_BY_FIRST",
         "SOFTCAP",
         "ALIBI",
         "SIGNED_SCALE",
-    )
+    ]
     delta = sums | {name: constants[name] for name in delta_names}
-    convert = sums | {"SHARED_BYTES": tile["BLOCK_M"] * columns * problem.itemsize}
+    convert = sums | {"SHARED_BYTES": tile["BLOCK_M"] * main.columns * problem.itemsize}
     kernels = (
         _kernel("backward_delta", delta, device, by_rows, threads),
-        _kernel(name, constants, device, by_keys, main_threads, products),
+        _kernel(main.name, constants, device, main.grid, main.threads, main.products),
         _kernel("backward_dq", convert, device, by_rows, threads),
     )
     rows, blocks = problem.seqlen_q * problem.batch, row_blocks * problem.batch
@@ -290,10 +331,10 @@ def _backward(
     return Plan(
         tuple(kernel for kernel in kernels if kernel.grid),
         row_blocks,
-        key_blocks,
+        key_blocks=_blocks(problem.seqlen_k, tile["BLOCK_N"]),
         delta_bytes=_aligned(row_sums * problem.heads * accum),
-        dq_accum_bytes=_aligned(blocks * problem.heads * tile["BLOCK_M"] * columns * accum),
-        ticket_bytes=_aligned(blocks * problem.heads * constants["TICKETS"] * 4) if problem.deterministic else 0,
+        dq_accum_bytes=_aligned(blocks * problem.heads * tile["BLOCK_M"] * main.columns * accum),
+        ticket_bytes=_aligned((main.counters + blocks * problem.heads * main.tickets) * 4),
     )
 
 
@@ -305,6 +346,7 @@ def default_specs(arch: str) -> list[Spec]:
         ("forward_sm90", _forward_sm90_shared, _forward_sm90),
         ("forward_sm80", _forward_shared, _forward_sm80),
         ("backward_sm90", _backward_sm90_shared, _backward_sm90),
+        ("backward_wide_sm90", _backward_wide_sm90_shared, _backward_sm90),
         ("backward_sm80", _backward_shared, _backward_sm80),
     ):
         for dtype in ("bfloat16", "float32", "float64"):
@@ -353,6 +395,7 @@ def _tile(kernel: str, problem: Problem, device: Device, shared: Any) -> dict[st
             head_dim <= tile["head_dim"]
             and tile.get("arch", device.arch) == device.arch
             and tile.get("seqlen_q", 0) <= problem.seqlen_q
+            and not (tile.get("plain") and (problem.dropout or problem.softcap))
         ):
             needed = shared(tile, problem)
             if needed <= device.shared_bytes:

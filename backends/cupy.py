@@ -120,7 +120,9 @@ def _forward(
     if alibi is None and cu_seqlens_q is None and not seed:
         launch.forward(call, *pointers)
     else:
-        launch.forward(call, *pointers, **_extras(alibi, cu_seqlens_q, cu_seqlens_k, seed or 0))
+        workspace = alloc(launch.workspace_bytes(call))
+        extras = _extras(alibi, cu_seqlens_q, cu_seqlens_k, seed or 0)
+        launch.forward(call, *pointers, **extras, workspace=workspace.ptr)
     return (out, lse) if return_lse else out
 
 

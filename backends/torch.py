@@ -280,7 +280,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tens
         host.forward(problem, *(_array(x) for x in (q, k, v, out, lse)), **extras)
     else:
         pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
-        launch.forward(problem, *pointers, _raw_stream(problem.device), **extras)
+        stream = _raw_stream(problem.device)
+        if problem.varlen:
+            workspace = q.new_empty(launch.workspace_bytes(problem), dtype=torch.uint8)
+            launch.forward(problem, *pointers, stream, **extras, workspace=workspace.data_ptr())
+        else:
+            launch.forward(problem, *pointers, stream, **extras)
     return out, lse
 
 

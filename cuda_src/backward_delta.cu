@@ -1,4 +1,6 @@
-// First step of the backward pass: delta = rowsum(dO * O), with dQ's accumulator and the tickets set to zero.
+// First step of the backward pass: delta = rowsum(dO * O), with dQ's accumulator set to zero unless a block of keys
+// will come that sets it (SET_BY_FIRST).
+#include "band.cuh"
 #include "dq_accum.cuh"
 #include "score.cuh"
 
@@ -52,9 +54,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
     for (int i = end - block_m * BLOCK_M + threadIdx.x; i < BLOCK_M; i += 32 * WARPS)
       sums.lse[i] = -minus_infinity<Accum>(), sums.delta[i] = 0;
 
+  const Band::Blocks keys = Band(p, sequence).key_blocks(block_m * BLOCK_M, BLOCK_M, BLOCK_N);
+  if (SET_BY_FIRST && keys.begin < keys.end) return;
   const DqAccum dq_accum(p, sequence, head, block_m);
   for (int i = threadIdx.x; i < BLOCK_M * D * int(sizeof(Accum)) / 16; i += 32 * WARPS)
     reinterpret_cast<uint4*>(dq_accum.origin)[i] = uint4{0, 0, 0, 0};
-  if constexpr (DETERMINISTIC)
-    if (threadIdx.x < TICKETS) p.tickets[dq_accum.block * TICKETS + threadIdx.x] = 0;
 }

@@ -60,14 +60,19 @@ struct Band {
     int begin, end;
   };
   __device__ __forceinline__ Blocks key_blocks(int first, int count, int block) const {
-    const int last = min(first + count, seqlen_q) - 1;
-    return {low(first) / block, (high(last) + block - 1) / block};
+    return blocks(low(first), high(min(first + count, seqlen_q) - 1), block);
   }
 
   // Blocks of rows that may see keys [first, first + count).
   __device__ __forceinline__ Blocks row_blocks(int first, int count, int block) const {
     const int begin = max(0, first - offset - right);
     const int end = min(seqlen_q, min(first + count, seqlen_k) - 1 - offset + left + 1);
-    return {begin / block, (max(end, 0) + block - 1) / block};
+    return blocks(begin, end, block);
+  }
+
+ private:
+  // None if nothing is seen: a block of rows and one of keys agree on whether they share anything.
+  static __device__ __forceinline__ Blocks blocks(int begin, int end, int block) {
+    return {begin / block, begin < end ? (end + block - 1) / block : begin / block};
   }
 };

@@ -26,14 +26,14 @@ struct DqAccum {
   static constexpr bool VECTORS = sizeof(Accum) == 4 && __CUDA_ARCH__ >= 900;  // red.v4.f32
 
   // A warp's tile (m, n) is 128 accumulators; where a lane's four lie in it.
-  __device__ __forceinline__ Accum* lane_origin() const {
-    return origin + threadIdx.x / 32 * (Q_ROWS * Q_COLUMNS) + threadIdx.x % 32 * (VECTORS ? 4 : 1);
+  __device__ __forceinline__ Accum* lane_origin(int warp) const {
+    return origin + warp * (Q_ROWS * Q_COLUMNS) + threadIdx.x % 32 * (VECTORS ? 4 : 1);
   }
   static constexpr int STEP = VECTORS ? 1 : 32;
 
   template <class Fragments = QFragments>
-  __device__ __forceinline__ void add(const Fragments& dq) const {
-    Accum* const to = lane_origin();
+  __device__ __forceinline__ void add(const Fragments& dq, int warp = threadIdx.x / 32) const {
+    Accum* const to = lane_origin(warp);
 #pragma unroll
     for (int i = 0; i < Q_ROWS / 16 * (Q_COLUMNS / 8); ++i) {
       const auto& x = dq[i / (Q_COLUMNS / 8)][i % (Q_COLUMNS / 8)];
@@ -46,7 +46,7 @@ struct DqAccum {
   }
 
   __device__ __forceinline__ void load(QFragments& dq) const {
-    const Accum* const from = lane_origin();
+    const Accum* const from = lane_origin(threadIdx.x / 32);
 #pragma unroll
     for (int i = 0; i < Q_ROWS / 16 * (Q_COLUMNS / 8) * 4; ++i)
       dq[i / (Q_COLUMNS / 2)][i / 4 % (Q_COLUMNS / 8)][i % 4] = from[i / 4 * 128 + i % 4 * STEP];

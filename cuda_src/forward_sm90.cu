@@ -24,6 +24,7 @@
 #include "sequence.cuh"
 #include "softmax.cuh"
 #include "warpgroup.cuh"
+#include "work.cuh"
 
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int ROWS = 64, BLOCK_M = ROWS * CONSUMERS;  // rows of a consumer and of a tile
@@ -40,7 +41,7 @@ using TileO = Tile<Element, ROWS, TileV::COLS>;  // takes the place of its rows 
 struct Shared {  // dynamic shared memory
   static constexpr int SLICE = TileQ::BYTES > TileO::BYTES ? TileQ::BYTES : TileO::BYTES, Q_BYTES = CONSUMERS * SLICE;
   static constexpr int K = Q_STAGES * Q_BYTES, V = K + STAGES * TileK::BYTES, WORK = V + STAGES * TileV::BYTES;
-  static constexpr int RINGS = WORK + 16 * Q_STAGES, BYTES = RINGS + 16 * (Q_STAGES + 2 * STAGES);
+  static constexpr int RINGS = WORK + Work::BYTES, BYTES = RINGS + 16 * (1 + Q_STAGES + 2 * STAGES);
   unsigned base;
 
   __device__ __forceinline__ unsigned slice(int stage, int consumer) const {
@@ -48,37 +49,40 @@ struct Shared {  // dynamic shared memory
   }
   __device__ __forceinline__ TileK k(int stage) const { return {base + K + stage * TileK::BYTES}; }
   __device__ __forceinline__ TileV v(int stage) const { return {base + V + stage * TileV::BYTES}; }
-  __device__ __forceinline__ unsigned work(int q_stage) const { return base + WORK + 16 * q_stage; }
-  __device__ __forceinline__ Stages<Q_STAGES> q_stages() const { return {base + RINGS}; }
-  __device__ __forceinline__ Stages<STAGES> k_stages() const { return {base + RINGS + 16 * Q_STAGES}; }
-  __device__ __forceinline__ Stages<STAGES> v_stages() const { return {base + RINGS + 16 * (Q_STAGES + STAGES)}; }
+  __device__ __forceinline__ unsigned work() const { return base + WORK; }
+  __device__ __forceinline__ Stages<1> work_stages() const { return {base + RINGS}; }
+  __device__ __forceinline__ Stages<Q_STAGES> q_stages() const { return {base + RINGS + 16}; }
+  __device__ __forceinline__ Stages<STAGES> k_stages() const { return {base + RINGS + 16 * (1 + Q_STAGES)}; }
+  __device__ __forceinline__ Stages<STAGES> v_stages() const { return {base + RINGS + 16 * (1 + Q_STAGES + STAGES)}; }
 };
 static_assert(SHARED_BYTES >= Shared::BYTES);
 
-// The tiles of this thread block: one from each round over all thread blocks, every other round the other way round, so
-// that all get alike.
+// The tiles of this thread block.  Later rows see more keys under a causal mask, so their tiles go first.
 struct Tiles {
-  int index, count;
+  const Params& p;
+  int index;
+  PackedPlaces packed;
 
-  __device__ __forceinline__ explicit Tiles(const Params& p)
-      : index(blockIdx.x), count(p.row_blocks * p.heads * p.batch) {}
+  __device__ __forceinline__ explicit Tiles(const Params& params) : p(params), index(blockIdx.x) {}
 
-  __device__ __forceinline__ bool valid() const { return index < count; }
-  __device__ __forceinline__ void next() { index += 2 * (gridDim.x - 1 - index % gridDim.x) + 1; }
-};
+  __device__ __forceinline__ Work take() { return VARLEN ? take_free() : take_turn(); }
 
-// Where a tile lies.  Tiles are ordered by sections of heads, within them by rows: later rows see more keys under a
-// causal mask and go first.  Sections take turns in that, the last one as said.
-struct Work {
-  int first_row, head, batch;
+ private:
+  // One tile from each round over all thread blocks, every other round the other way round, so that all get alike; and
+  // every other section of heads from the first rows on.
+  __device__ __forceinline__ Work take_turn() {
+    const Place x = Place::dense(p, index, p.row_blocks, p.heads);
+    if (!x.valid) return {-1};
+    index += 2 * (gridDim.x - 1 - index % gridDim.x) + 1;
+    const bool upwards = p.section > 1 && ((p.heads * p.batch - 1) / p.section - x.section) % 2 == 1;
+    return {(upwards ? x.block : x.blocks - 1 - x.block) * BLOCK_M, x.head, x.sequence};
+  }
 
-  __device__ __forceinline__ Work(const Params& p, int index) {
-    const int heads = p.heads * p.batch, section = index / (p.section * p.row_blocks), before = section * p.section;
-    const int width = min(p.section, heads - before), rest = index - before * p.row_blocks, block = rest / width;
-    const bool upwards = p.section > 1 && ((heads - 1) / p.section - section) % 2 == 1;
-    first_row = (upwards ? block : p.row_blocks - 1 - block) * BLOCK_M;
-    const int number = before + rest - block * width;
-    batch = number / p.heads, head = number - batch * p.heads;
+  // The next one that no thread block has taken yet.
+  __device__ __forceinline__ Work take_free() {
+    const Place x = packed.find<BLOCK_M>(p, add_relaxed(p.tickets, 1), p.heads, &Sequence::seqlen_q);
+    if (!x.valid) return {-1};
+    return {(x.blocks - 1 - x.block) * BLOCK_M, x.head, x.sequence};
   }
 };
 
@@ -90,43 +94,47 @@ __device__ __forceinline__ void load(const T& tile, Barrier full, const TensorMa
     load_box(tile.base + panel * (T::ROWS * 128), map, full, panel * 64, row, s.head ? head : 0, s.batch ? batch : 0);
 }
 
-// One thread brings Q, a tile ahead where there are stages for it, and tells the consumers which tile that is.
+// One thread takes the tiles, tells the others of them, and brings Q, a tile ahead where there are stages for it.
 __device__ __forceinline__ void produce_q(const TmaParams& p, const Shared shared) {
+  Ring<1> work_ring(shared.work_stages());
   Ring<Q_STAGES> ring(shared.q_stages());
-  for (Tiles tiles(p); tiles.valid(); tiles.next()) {
-    const Work work(p, tiles.index);
-    const Sequence sequence(p, work.batch);
-    if (work.first_row >= sequence.seqlen_q) continue;
+  Tiles tiles(p);
+  while (true) {
+    work_ring.wait_empty();
+    const Work work = tiles.take();
+    work.publish(shared.work());
+    work_ring.expect(0);
+    work_ring.next();
+    if (!work.valid()) break;
     ring.wait_empty();
-    store_shared(shared.work(ring.stage), int4{work.first_row, work.head, work.batch, 0});
     const Barrier full = ring.expect(CONSUMERS * TileQ::BYTES);
-    const int row = static_cast<int>(sequence.start_q) + work.first_row;
+    const int row = static_cast<int>(work.sequence.start_q) + work.first;
     for (int consumer = 0; consumer < CONSUMERS; ++consumer)
       load(TileQ{shared.slice(ring.stage, consumer)}, full, p.q_map, p.q_strides, row + consumer * ROWS, work.head,
-           work.batch);
+           work.sequence.batch);
     ring.next();
   }
-  ring.wait_empty();
-  store_shared(shared.work(ring.stage), int4{-1, 0, 0, 0});  // no more
-  ring.expect(0);
 }
 
 // Another one brings K and V.
 __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shared) {
+  Ring<1> work_ring(shared.work_stages());
   Ring<STAGES> k_ring(shared.k_stages()), v_ring(shared.v_stages());
-  for (Tiles tiles(p); tiles.valid(); tiles.next()) {
-    const Work work(p, tiles.index);
-    const Sequence sequence(p, work.batch);
-    if (work.first_row >= sequence.seqlen_q) continue;
-    const Band::Blocks blocks = Band(p, sequence).key_blocks(work.first_row, BLOCK_M, BLOCK_N);
-    const int head_kv = work.head / p.group;
+  while (true) {
+    work_ring.wait();
+    const Work work = Work::read(p, shared.work());
+    work_ring.stages.empty(0).arrive();
+    work_ring.next();
+    if (!work.valid()) return;
+    const Band::Blocks blocks = Band(p, work.sequence).key_blocks(work.first, BLOCK_M, BLOCK_N);
+    const int head_kv = work.head / p.group, batch = work.sequence.batch;
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
-      const int row = static_cast<int>(sequence.start_k) + block * BLOCK_N;
+      const int row = static_cast<int>(work.sequence.start_k) + block * BLOCK_N;
       k_ring.wait_empty();
-      load(shared.k(k_ring.stage), k_ring.expect(TileK::BYTES), p.k_map, p.k_strides, row, head_kv, work.batch);
+      load(shared.k(k_ring.stage), k_ring.expect(TileK::BYTES), p.k_map, p.k_strides, row, head_kv, batch);
       k_ring.next();
       v_ring.wait_empty();
-      load(shared.v(v_ring.stage), v_ring.expect(TileV::BYTES), p.v_map, p.v_strides, row, head_kv, work.batch);
+      load(shared.v(v_ring.stage), v_ring.expect(TileV::BYTES), p.v_map, p.v_strides, row, head_kv, batch);
       v_ring.next();
     }
   }
@@ -140,15 +148,15 @@ struct Strip {
   Band band;
   Band::Blocks brought, seen;  // the blocks of keys that the producer brings, and those of them that it sees
 
-  __device__ __forceinline__ Strip(const Params& p, int4 work, int consumer)
-      : valid(work.x >= 0),
-        first(work.x + consumer * ROWS),
-        head(work.y),
-        batch(work.z),
-        sequence(p, batch),
+  __device__ __forceinline__ Strip(const Params& p, const Work& work, int consumer)
+      : valid(work.valid()),
+        first(work.first + consumer * ROWS),
+        head(work.head),
+        batch(work.sequence.batch),
+        sequence(work.sequence),
         band(p, sequence) {
     last = min(first + ROWS, sequence.seqlen_q) - 1;
-    brought = band.key_blocks(work.x, BLOCK_M, BLOCK_N);
+    brought = band.key_blocks(work.first, BLOCK_M, BLOCK_N);
     seen = band.key_blocks(first, ROWS, BLOCK_N);
     if (first > last || seen.begin >= seen.end) seen = {brought.begin, brought.begin};
   }
@@ -162,6 +170,7 @@ struct Consumer {
   const TmaParams& p;
   const Shared shared;
   const int number, warp, lane;
+  Ring<1> work_ring;
   Ring<Q_STAGES> q_ring;
   Ring<STAGES> k_ring, v_ring;
   Score<float> score;
@@ -177,6 +186,7 @@ struct Consumer {
         number(number_),
         warp(__shfl_sync(~0u, threadIdx.x / 32 % 4, 0)),
         lane(threadIdx.x % 32),
+        work_ring(shared.work_stages()),
         q_ring(shared.q_stages()),
         k_ring(shared.k_stages()),
         v_ring(shared.v_stages()),
@@ -185,6 +195,7 @@ struct Consumer {
 
   __device__ __forceinline__ void run() {
     for (Strip strip = take(); strip.valid; strip = take()) {
+      q_ring.wait();
       skip(strip.unseen_before());
       softmax = {};
 #pragma unroll
@@ -233,10 +244,12 @@ struct Consumer {
     }
   }
 
-  // The next strip, its Q in shared memory.
+  // The next strip.
   __device__ __forceinline__ Strip take() {
-    q_ring.wait();
-    return Strip(p, load_shared(shared.work(q_ring.stage)), number);
+    work_ring.wait();
+    const Work work = Work::read(p, shared.work());
+    work_ring.release();
+    return Strip(p, work, number);
   }
 
   __device__ __forceinline__ void start_scores(float (&s)[1][N][4]) {
@@ -364,10 +377,11 @@ struct Consumer {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __grid_constant__ TmaParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm90(const __grid_constant__ TmaParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {
+    shared.work_stages().init(4 * CONSUMERS + 1);
     shared.q_stages().init(4 * CONSUMERS);
     shared.k_stages().init(4 * CONSUMERS);
     shared.v_stages().init(4 * CONSUMERS);
@@ -375,12 +389,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a whole warp, as the compiler now knows
-  if (warpgroup == 0) {
-    release_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce_kv(p, shared);
-    if (threadIdx.x == 32) produce_q(p, shared);
-  } else {
+  if (warpgroup > 0) {
     claim_registers<CONSUMER_REGISTERS>();
     Consumer(p, shared, warpgroup - 1).run();
+    return;  // the order of the two matters: after the producers', ptxas takes this path to be divergent (C7518)
   }
+  release_registers<PRODUCER_REGISTERS>();
+  if (threadIdx.x == 0) produce_kv(p, shared);
+  if (threadIdx.x == 32) produce_q(p, shared);
 }

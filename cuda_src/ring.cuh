@@ -8,8 +8,8 @@ struct Stages {
 
   __device__ __forceinline__ Barrier full(int stage) const { return {base + 16 * stage}; }
   __device__ __forceinline__ Barrier empty(int stage) const { return {base + 16 * stage + 8}; }
-  __device__ __forceinline__ void init(int consumer_warps) const {
-    for (int stage = 0; stage < COUNT; ++stage) full(stage).init(1), empty(stage).init(consumer_warps);
+  __device__ __forceinline__ void init(int consumers, int producers = 1) const {  // how many arrivals of each
+    for (int stage = 0; stage < COUNT; ++stage) full(stage).init(producers), empty(stage).init(consumers);
   }
   __device__ __forceinline__ void release(int stage) const {  // by all threads of a consumer's warp
     __syncwarp();

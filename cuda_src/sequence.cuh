@@ -8,6 +8,9 @@ struct Sequence {
   long long start_q, start_k;  // first row within its batch entry: 0 unless packed
   int seqlen_q, seqlen_k;
 
+  Sequence() = default;
+  __device__ __forceinline__ Sequence(int batch_, int first_q, int first_k, int count_q, int count_k)
+      : batch(batch_), start_q(first_q), start_k(first_k), seqlen_q(count_q), seqlen_k(count_k) {}
   __device__ __forceinline__ Sequence(const Params& p, int batch_) : batch(batch_) {
     if constexpr (VARLEN) {
       // Lengths come from the device and can't be checked before the launch; clamped, they can't lead outside the

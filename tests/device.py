@@ -157,7 +157,7 @@ class Call:
         self.kinds = {"out": (p.out_shape, p.dtype), "lse": (p.lse_shape, p.lse_dtype)}
         self.kinds |= {name: (getattr(self.bp, f"{name}_shape"), p.dtype) for name in ("dq", "dk", "dv")}
         sizes = {name: int(np.prod(shape)) * problem.ITEMSIZE[dtype] for name, (shape, dtype) in self.kinds.items()}
-        sizes["workspace"] = launch.workspace_bytes(self.bp)
+        sizes["workspace"] = max(launch.workspace_bytes(p), launch.workspace_bytes(self.bp))
         self.outputs = {name: Memory(size) for name, size in sizes.items()}
         self._ptr = {name: where.ptr for name, where in views.items()}
         self._ptr |= {name: memory.ptr for name, memory in self.outputs.items()}
@@ -167,7 +167,8 @@ class Call:
 
     def forward(self, stream: int = 0) -> None:
         q, k, v, out, lse = self._pointers("q", "k", "v", "out", "lse")
-        launch.forward(self.bp.problem, q, k, v, out, lse, stream, **self._extra)
+        (workspace,) = self._pointers("workspace")
+        launch.forward(self.bp.problem, q, k, v, out, lse, stream, **self._extra, workspace=workspace)
 
     def backward(self, stream: int = 0) -> None:
         dout, q, k, v, out, lse = self._pointers("dout", "q", "k", "v", "out", "lse")

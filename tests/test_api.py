@@ -304,7 +304,7 @@ class HostKernels:
 
     def forward(
         self, problem: Problem, q: int, k: int, v: int, out: int, lse: int, stream: int,
-        *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0,
+        *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0, workspace: int = 0,
     ) -> None:  # fmt: skip
         assert stream == STREAM
         self.calls += 1

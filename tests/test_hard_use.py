@@ -216,7 +216,11 @@ def test_the_current_device_comes_back(current: int, fails: bool, monkeypatch: p
     driver = types.SimpleNamespace(launchKernel=launch_kernel)
     monkeypatch.setattr(launch, "_cuda", lambda: types.SimpleNamespace(runtime=runtime, driver=driver))
     prepared = types.SimpleNamespace(
-        device=1, arguments=launch._Arguments(b""), maps=(), launches=((types.SimpleNamespace(ptr=0), 1, 32, 0),)
+        device=1,
+        plan=types.SimpleNamespace(ticket_bytes=0),
+        arguments=launch._Arguments(b""),
+        maps=(),
+        launches=((types.SimpleNamespace(ptr=0), 1, 32, 0),),
     )
     try:
         launch._launch(prepared, (0,) * len(launch.POINTERS), 0)  # type: ignore[arg-type]

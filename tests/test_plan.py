@@ -10,7 +10,7 @@ import pytest
 
 from anyattn import launch, plan, wgmma
 from anyattn.plan import Device, UnsupportedError
-from anyattn.problem import BackwardProblem, Options, Problem, View, backward, dense
+from anyattn.problem import ITEMSIZE, BackwardProblem, Options, Problem, View, backward, dense
 
 HOPPER = Device("sm_90a", plan.SHARED_BYTES["sm_90a"])
 ADA = Device("sm_89", plan.SHARED_BYTES["sm_89"])
@@ -61,9 +61,21 @@ def test_every_head_dim_has_a_forward_kernel(dtype: str, head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", [1, 64, 128, 256])
 def test_backward_workspace_is_linear(dtype: str, head_dim: int) -> None:
     small, large = (plan.backward(gradients(problem(dtype, head_dim, n)), HOPPER) for n in (4096, 8192))
-    family = "sm90" if dtype in ("float16", "bfloat16") and head_dim in (64, 128) else "sm80"
-    assert [kernel.name for kernel in large.kernels] == ["backward_delta", f"backward_{family}", "backward_dq"]
-    assert small.workspace_bytes * 2 == large.workspace_bytes
+    hopper = {64: "backward_sm90", 128: "backward_sm90", 256: "backward_wide_sm90"} if ITEMSIZE[dtype] == 2 else {}
+    main = hopper.get(head_dim, "backward_sm80")
+    assert [kernel.name for kernel in large.kernels] == ["backward_delta", main, "backward_dq"]
+    assert 0 <= small.workspace_bytes * 2 - large.workspace_bytes <= 256  # the counter of tiles
+
+
+def test_wide_hopper_backward() -> None:
+    """Above 128 columns a block of keys takes two thread blocks: one for dK and dQ, one for dV."""
+    for head_dim in (136, 160, 192, 200, 256):
+        _, main, _ = plan.backward(gradients(problem(head_dim=head_dim)), HOPPER).kernels
+        assert main.name == "backward_wide_sm90"
+        assert main.grid == 2 * -(-300 // 128) * 3 * 2
+        assert main.shared_bytes <= HOPPER.shared_bytes
+    _, main, _ = plan.backward(gradients(problem(head_dim=128)), HOPPER).kernels
+    assert main.grid == -(-300 // 128) * 3 * 2
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
@@ -98,11 +110,39 @@ def test_kernel_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hopper_kernels_stay_for_many_tiles() -> None:
-    """A thread block for each multiprocessor, unless the lengths are known on the GPU only."""
+    """A thread block for each multiprocessor; they count the tiles whose lengths are known on the GPU only."""
     assert plan.forward(problem(seqlen=300, heads=3), HOPPER).kernels[0].grid == 3 * 3 * 2
     assert plan.forward(problem(seqlen=300, heads=3000), HOPPER).kernels[0].grid == HOPPER.multiprocessors
     packed = replace(problem(heads=3000), varlen=True, total_q=600, total_k=600)
-    assert plan.forward(packed, HOPPER).kernels[0].grid == 3 * 3000 * 2
+    chosen = plan.forward(packed, HOPPER)
+    assert chosen.kernels[0].grid == HOPPER.multiprocessors
+    assert chosen.workspace_bytes == 4
+    main = plan.backward(gradients(problem(seqlen=300, heads=3000)), HOPPER).kernels[1]
+    assert main.grid == HOPPER.multiprocessors
+
+
+def test_tiles_with_no_registers_to_spare() -> None:
+    plain, capped, dropped = (
+        plan.backward(gradients(problem(**options)), HOPPER).kernels[1]  # type: ignore[arg-type]
+        for options in ({}, {"softcap": 5.0}, {"dropout": 0.1})
+    )
+    assert constants(plain)["BLOCK_M"] == 128
+    assert constants(capped)["BLOCK_M"] == constants(dropped)["BLOCK_M"] == 64
+
+
+def test_registers_change_hands_within_what_a_block_starts_with() -> None:
+    """setmaxnreg waits for registers that others of the thread block have released; there are no more."""
+    specialised = [spec for spec in plan.default_specs("sm_90a") if "CONSUMER_REGISTERS" in dict(spec.constants)]
+    specialised += [
+        plan.backward(gradients(problem(head_dim=d, dropout=0.1)), HOPPER).kernels[1].spec for d in (64, 128, 256)
+    ]
+    assert specialised
+    for spec in specialised:
+        known = dict(spec.constants)
+        consumers = int(known.get("CONSUMERS", 2))
+        threads = 128 * (1 + consumers) * int(known.get("MIN_BLOCKS", 1))
+        at_start = min(2**16 // threads // 8 * 8, 255) * (1 + consumers)
+        assert int(known["PRODUCER_REGISTERS"]) + consumers * int(known["CONSUMER_REGISTERS"]) <= at_start
 
 
 def test_order_of_tiles() -> None:

@@ -33,6 +33,9 @@ __device__ __forceinline__ void fence_barrier_init() {
 // Orders this thread's accesses to shared memory before later ones of TMA and wgmma.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for global memory.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Threads that meet at a numbered barrier (0 is __syncthreads's).
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -156,3 +156,14 @@ __device__ __forceinline__ int load_acquire(const int* pointer) {
 __device__ __forceinline__ void add_release(int* pointer, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
+// These return what was there before.
+__device__ __forceinline__ int add_relaxed(int* pointer, int value) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(pointer), "r"(value) : "memory");
+  return before;
+}
+__device__ __forceinline__ int add_acquire(int* pointer, int value) {
+  int before;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(pointer), "r"(value) : "memory");
+  return before;
+}

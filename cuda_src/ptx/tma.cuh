@@ -30,6 +30,12 @@ __device__ __forceinline__ void add_run(float* destination, unsigned source, int
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
+// Or sets it.  PTX ISA, cp.async.bulk.
+__device__ __forceinline__ void store_run(float* destination, unsigned source, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(source), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 // Until this thread's additions have read shared memory; until they are done.
 __device__ __forceinline__ void wait_runs_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void wait_runs() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

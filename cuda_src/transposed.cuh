@@ -1,0 +1,70 @@
+// P^T and dS^T of a block of rows as a consumer of the Hopper backward pass holds them: keys down, rows along.  A
+// lane's entry s[n][c] is that of row0 + 8 n + c % 2 and key0 + c / 2 * 8.
+#pragma once
+#include "dropout.cuh"
+#include "ptx/memory.cuh"
+#include "score.cuh"
+
+// Whether entries are dropped, a bit each.
+template <int N>
+struct Dropped {
+  unsigned bits[(N + 7) / 8] = {};
+
+  __device__ __forceinline__ Dropped(const Dropout& dropout, int row0, int key0) {
+    if constexpr (DROPOUT) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int n = i / 2 * 2, odd = i % 2;
+        bool keep[4];
+        dropout.keep(keep, row0 + 8 * n + odd, key0);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (!keep[j]) bits[n / 8] |= 1u << (n + j / 2) % 8 * 4 + j % 2 * 2 + odd;
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool at(int n, int c) const { return DROPOUT && bits[n / 8] >> n % 8 * 4 + c & 1; }
+};
+
+template <int N>
+__device__ __forceinline__ void apply_transposed(float (&s)[N][4], const Score<float>& score, int row0, int key0) {
+  if constexpr (!Score<float>::RAW) {
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i)
+      s[i / 4][i % 4] = score.apply(s[i / 4][i % 4], row0 + i / 4 * 8 + i % 2, key0 + i % 4 / 2 * 8);
+  }
+}
+
+// Of rows row0 + 8 n and row0 + 8 n + 1, where `sums` is the address of row0's.
+__device__ __forceinline__ void load_row_sums(float (&x)[2], unsigned sums, int n) {
+  load_shared_pair(x[0], x[1], sums + n * 32);
+}
+
+// S -> P.
+template <int N>
+__device__ __forceinline__ void exponentiate_transposed(float (&s)[N][4], float factor, unsigned lse_smem) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    float lse[2];
+    load_row_sums(lse, lse_smem, n);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) s[n][c] = exp2_fast(fma(s[n][c], factor, -lse[c % 2]));
+  }
+}
+
+// As A fragments of a product, and into a tile of [rows, keys] whose first row is row0's; `key` is the warp's first one
+// there.
+template <int N>
+__device__ __forceinline__ void pack_transposed(unsigned (&words)[N / 2][4], const float (&s)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) words[i / 4][i % 4] = pack(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1], Element{});
+}
+template <int STEPS, class T>
+__device__ __forceinline__ void store_transposed(const T& tile, const unsigned (&words)[STEPS][4], int key) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i)
+    store_matrices_transposed(
+        tile.address(16 * i + lane % 8 + lane / 16 * 8, (key + lane / 8 % 2 * 8) * int(sizeof(Element))), words[i]);
+}
