@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,12 +19,20 @@ from typing import Any, TypeVar
 
 import anyattn
 from anyattn import explanation, launch, plan
-from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, faults, nvrtc_version
+from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version
 from anyattn.problem import DTYPES
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 T = TypeVar("T")
+
+# wgmma.wait_group moved by the compiler: wanted where it stands (the kernel says why). The other C75xx mean that
+# it gave up on overlapping tensor-core products.
+HARMLESS = "(C7517)"
+
+# Bytes a thread, stores and loads: a few loop-invariant addresses. More would be accumulators. Which kernels have any
+# differs from one NVRTC to the next, and the tiles without were measured to be slower.
+SPILL_LIMIT = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tune",
         help="measure tiles on this GPU, and write a table for $ANYATTN_TILES",
         description="Measures the tiles in use and their neighbours, on calls of 16k tokens and hidden size 2048. What "
-        "spills much, or gives another result, is refused. A tile that is 2% faster goes into the table.",
+        "spills registers, or gives another result, is refused. A tile that is 2% faster goes into the table.",
     )
     command.add_argument("--directions", **both, help="default: forward,backward")
     command.add_argument(
@@ -240,6 +249,7 @@ def _kernel_rows(spec: Spec, built: Cubin | CompileError) -> Iterator[dict[str, 
         return
     for kernel in built.resources():
         warnings = [w for w in built.warnings() if "function '" not in w or f"'{kernel.kernel}'" in w]
+        spills = [f"spills {kernel.spill_bytes} bytes"] if kernel.spill_bytes > SPILL_LIMIT else []
         yield {
             **row,
             "kernel": kernel.kernel,
@@ -249,7 +259,7 @@ def _kernel_rows(spec: Spec, built: Cubin | CompileError) -> Iterator[dict[str, 
             "shared_bytes": kernel.shared_bytes + int(dict(spec.constants).get("SHARED_BYTES", 0)),
             "warnings": warnings,
             "seconds": round(built.seconds, 2),
-            "faults": faults(kernel, warnings),
+            "faults": spills + [w for w in warnings if re.match(r"\(C75\d\d\)", w) and not w.startswith(HARMLESS)],
         }
 
 

@@ -24,9 +24,7 @@ from pathlib import Path
 
 from anyattn.log import log
 
-__all__ = [
-    "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "faults", "nvrtc_version",
-]  # fmt: skip
+__all__ = ["CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version"]
 
 # `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
 # Lambdas take no annotations, so what has none must be device code.
@@ -79,21 +77,6 @@ class Resources:
     spill_bytes: int  # per thread, stores and loads
     stack_bytes: int  # per thread
     shared_bytes: int  # per block; what is asked for at launch comes on top
-
-
-# wgmma.wait_group moved by the compiler: wanted where it stands (the kernel says why). The other C75xx mean that
-# it gave up on overlapping tensor-core products.
-HARMLESS = "(C7517)"
-
-# Bytes a thread, stores and loads: a few loop-invariant addresses. More would be accumulators. Which kernels have any
-# differs from one NVRTC to the next, and the tiles without were measured to be slower.
-SPILL_LIMIT = 64
-
-
-def faults(kernel: Resources, warnings: list[str]) -> list[str]:
-    """What makes a kernel slow: much spilt, or products that are not overlapped."""
-    spills = [f"spills {kernel.spill_bytes} bytes"] if kernel.spill_bytes > SPILL_LIMIT else []
-    return spills + [line for line in warnings if re.match(r"\(C75\d\d\)", line) and not line.startswith(HARMLESS)]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """`anyattn tune`: measure tile candidates on this GPU, and write a table for $ANYATTN_TILES.
 
 Candidates are the tiles of the table in use and their neighbours, one step away in one constant. Whatever doesn't fit
-the GPU's shared memory, doesn't compile, spills more than a few registers or has its tensor-core products serialised is
-refused before it is measured, and whatever gives another result, before it is timed. All but `measure` works without a
-GPU.
+the GPU's shared memory, doesn't compile, spills registers or has its tensor-core products serialised is refused before
+it is measured, and whatever gives another result, before it is timed. All but `measure` works without a GPU.
 """
 
 from __future__ import annotations
@@ -202,8 +201,10 @@ def fault(chosen: Plan | str) -> str | None:
         except CompileError as error:
             asserted = re.search(r"static assertion failed[^\n]*", str(error))
             return f"{kernel.name} doesn't compile" + (f": {asserted[0]}" if asserted else "")
-        if found := [reason for used in built.resources() for reason in compiler.faults(used, built.warnings())]:
-            return f"{kernel.name}: {found[0]}"
+        if spilled := sum(used.spill_bytes for used in built.resources()):
+            return f"{kernel.name} spills {spilled} bytes"
+        if serialised := [line for line in built.warnings() if re.match(r"\(C75(?!17)\d\d\)", line)]:
+            return f"{kernel.name}: {serialised[0]}"
     return None
 
 
