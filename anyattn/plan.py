@@ -108,9 +108,7 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
     _check_tma(problem, device)
     tile = _tile("forward_sm90", problem, device, _forward_sm90_shared)
     consumers = tile["CONSUMERS"]
-    if (consumers, tile["MIN_BLOCKS"]) not in REGISTERS:
-        raise UnsupportedError(f"{tile['MIN_BLOCKS']} blocks of {consumers} consumers have too few registers")
-    producer_registers, consumer_registers = REGISTERS[consumers, tile["MIN_BLOCKS"]]
+    producer_registers, consumer_registers = REGISTERS[consumers]
     constants = {
         **_problem_constants(problem, problem.align),
         **_tile_constants(tile),
@@ -121,7 +119,7 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
     row_blocks = _blocks(problem.seqlen_q, 64 * consumers)
     tiles = row_blocks * problem.heads * problem.batch
     _check_tiles(tiles)
-    grid = min(tiles, device.multiprocessors * tile["MIN_BLOCKS"])
+    grid = min(tiles, device.multiprocessors)
     products = wgmma.functions(problem.dtype, (tile["BLOCK_N"], _padded(problem.head_dim_v, 16)))
     kernel = _kernel("forward_sm90", constants, device, grid, 128 * (1 + consumers), products)
     return Plan(
@@ -134,10 +132,9 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
     )
 
 
-# Registers of a producer's and of a consumer's thread, by the number of consumers and of thread blocks at a time, in
-# steps of 8. Together no more than the thread block starts with, or it waits for ever: its threads' equal parts of the
-# multiprocessor's 64 Ki, in such steps.
-REGISTERS = {(1, 1): (40, 240), (2, 1): (40, 232), (3, 1): (32, 160), (2, 2): (24, 104)}
+# Registers of a producer's and of a consumer's thread, by the number of consumers, in steps of 8. Together no more than
+# the thread block starts with, or it waits for ever: its threads' equal parts of a multiprocessor's 64 Ki, rounded down.
+REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
 
 
 def _check_tiles(tiles: int) -> None:

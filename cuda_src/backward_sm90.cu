@@ -111,11 +111,7 @@ __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared sh
   Ring<STAGES> q_ring(shared.q_stages()), dout_ring(shared.dout_stages());
   Tiles tiles(p);
   while (true) {
-    work_ring.wait_empty();
-    const Work work = tiles.take();
-    work.publish(shared.work());
-    work_ring.expect(0);
-    work_ring.next();
+    const Work work = take_and_tell(tiles, shared.work(), work_ring);
     if (!work.valid()) break;
     const Sequence& sequence = work.sequence;
     const Band::Blocks blocks = Band(p, sequence).row_blocks(work.first, BLOCK_N, BLOCK_M);
@@ -137,20 +133,11 @@ __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared sh
   }
 }
 
-// What a thread hears of the next tile.
-__device__ __forceinline__ Work hear(const Params& p, const Shared shared, Ring<1>& work_ring) {
-  work_ring.wait();
-  const Work work = Work::read(p, shared.work());
-  work_ring.stages.empty(0).arrive();
-  work_ring.next();
-  return work;
-}
-
 // Another one brings K and V.
 __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shared) {
   Ring<1> work_ring(shared.work_stages()), kv_ring(shared.kv_stages());
   while (true) {
-    const Work work = hear(p, shared, work_ring);
+    const Work work = hear(p, shared.work(), work_ring);
     if (!work.valid()) break;
     kv_ring.wait_empty();
     const Barrier kv_full = kv_ring.expect(TileK::BYTES + TileV::BYTES);
@@ -168,7 +155,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
   constexpr int SET = 1 << 30;
   Ring<1> work_ring(shared.work_stages()), ring(shared.dq_stages(consumer));
   while (true) {
-    const Work work = hear(p, shared, work_ring);
+    const Work work = hear(p, shared.work(), work_ring);
     if (!work.valid()) break;
     const Band band(p, work.sequence);
     const Band::Blocks blocks = band.row_blocks(work.first, BLOCK_N, BLOCK_M);

@@ -100,11 +100,7 @@ __device__ __forceinline__ void produce_q(const TmaParams& p, const Shared share
   Ring<Q_STAGES> ring(shared.q_stages());
   Tiles tiles(p);
   while (true) {
-    work_ring.wait_empty();
-    const Work work = tiles.take();
-    work.publish(shared.work());
-    work_ring.expect(0);
-    work_ring.next();
+    const Work work = take_and_tell(tiles, shared.work(), work_ring);
     if (!work.valid()) break;
     ring.wait_empty();
     const Barrier full = ring.expect(CONSUMERS * TileQ::BYTES);
@@ -121,10 +117,7 @@ __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shar
   Ring<1> work_ring(shared.work_stages());
   Ring<STAGES> k_ring(shared.k_stages()), v_ring(shared.v_stages());
   while (true) {
-    work_ring.wait();
-    const Work work = Work::read(p, shared.work());
-    work_ring.stages.empty(0).arrive();
-    work_ring.next();
+    const Work work = hear(p, shared.work(), work_ring);
     if (!work.valid()) return;
     const Band::Blocks blocks = Band(p, work.sequence).key_blocks(work.first, BLOCK_M, BLOCK_N);
     const int head_kv = work.head / p.group, batch = work.sequence.batch;
@@ -377,7 +370,7 @@ struct Consumer {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm90(const __grid_constant__ TmaParams p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __grid_constant__ TmaParams p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {

@@ -1,6 +1,7 @@
 // Tiles of work, where thread blocks stay for many: one thread takes them and tells the others through shared memory.
 #pragma once
 #include "ptx/memory.cuh"
+#include "ring.cuh"
 #include "sequence.cuh"
 
 // Rows (of the forward pass) or keys (of the backward pass) of a head, from `first` on.
@@ -26,6 +27,26 @@ struct Work {
     }
   }
 };
+
+// Its taker tells the others, once all have heard of the one before.
+template <class Tiles>
+__device__ __forceinline__ Work take_and_tell(Tiles& tiles, unsigned address, Ring<1>& ring) {
+  ring.wait_empty();
+  const Work work = tiles.take();
+  work.publish(address);
+  ring.expect(0);
+  ring.next();
+  return work;
+}
+
+// What a single thread hears.
+__device__ __forceinline__ Work hear(const Params& p, unsigned address, Ring<1>& ring) {
+  ring.wait();
+  const Work work = Work::read(p, address);
+  ring.stages.empty(0).arrive();
+  ring.next();
+  return work;
+}
 
 // Where the tile of an index lies, if there is one.
 struct Place {

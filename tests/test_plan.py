@@ -64,7 +64,8 @@ def test_backward_workspace_is_linear(dtype: str, head_dim: int) -> None:
     hopper = {64: "backward_sm90", 128: "backward_sm90", 256: "backward_wide_sm90"} if ITEMSIZE[dtype] == 2 else {}
     main = hopper.get(head_dim, "backward_sm80")
     assert [kernel.name for kernel in large.kernels] == ["backward_delta", main, "backward_dq"]
-    assert 0 <= small.workspace_bytes * 2 - large.workspace_bytes <= 256  # the counter of tiles
+    counter = 256 if main == "backward_sm90" else 0  # of tiles, with what aligns it
+    assert (small.workspace_bytes - counter) * 2 == large.workspace_bytes - counter
 
 
 def test_wide_hopper_backward() -> None:
@@ -140,7 +141,7 @@ def test_registers_change_hands_within_what_a_block_starts_with() -> None:
     for spec in specialised:
         known = dict(spec.constants)
         consumers = int(known.get("CONSUMERS", 2))
-        threads = 128 * (1 + consumers) * int(known.get("MIN_BLOCKS", 1))
+        threads = 128 * (1 + consumers)
         at_start = min(2**16 // threads // 8 * 8, 255) * (1 + consumers)
         assert int(known["PRODUCER_REGISTERS"]) + consumers * int(known["CONSUMER_REGISTERS"]) <= at_start
 
