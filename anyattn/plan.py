@@ -133,7 +133,7 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
 
 
 # Registers of a producer's and of a consumer's thread, by the number of consumers, in steps of 8. Together no more than
-# the thread block starts with, or it waits for ever: its threads' equal parts of a multiprocessor's 64 Ki, rounded down.
+# the thread block starts with, or it waits for ever: its threads' equal parts of a multiprocessor's 64 Ki, rounded so.
 REGISTERS = {1: (40, 240), 2: (40, 232), 3: (32, 160)}
 
 
