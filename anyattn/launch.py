@@ -86,11 +86,12 @@ def forward(
     """Launch the forward kernel of a problem on a stream (a CUstream handle; 0 is the legacy default stream).
 
     All arguments but seed are device pointers of arrays as the problem describes them; lse may be 0 if nobody wants it.
-    `workspace` points to workspace_bytes(problem) bytes of any content: none unless sequences are packed.
+    `workspace` points to workspace_bytes(problem) bytes of any content, if any.
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)
-    pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, workspace, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    tickets = workspace if prepared.plan.ticket_bytes else 0
+    pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, pointers, stream)
 
 

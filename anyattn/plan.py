@@ -120,14 +120,17 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
     tiles = row_blocks * problem.heads * problem.batch
     _check_tiles(tiles)
     grid = min(tiles, device.multiprocessors)
+    # Thread blocks take the next free tile, by a counter; but by turns where Q has one stage, since a tile taken late
+    # would begin late there. (Of packed sequences, only the GPU knows the tiles.)
+    counted = problem.varlen or (tile["Q_STAGES"] > 1 and tiles > grid)
     products = wgmma.functions(problem.dtype, (tile["BLOCK_N"], _padded(problem.head_dim_v, 16)))
     kernel = _kernel("forward_sm90", constants, device, grid, 128 * (1 + consumers), products)
     return Plan(
         (kernel,) if grid else (),
         row_blocks,
         key_blocks=0,
-        ticket_bytes=4 if problem.varlen and grid else 0,
-        section=_section(problem, row_blocks, device),
+        ticket_bytes=4 if counted and grid else 0,
+        section=_section(problem, row_blocks, device, counted),
         boxes=(("q", 64), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"])),
     )
 
@@ -202,7 +205,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
     )
     return replace(
         _backward(bp, device, tile, main),
-        section=1 if wide else _section(problem, key_blocks, device),
+        section=1 if wide else _section(problem, key_blocks, device, False),
         boxes=(("q", tile["BLOCK_M"]), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"]), ("dout", tile["BLOCK_M"])),
     )
 
@@ -219,8 +222,8 @@ def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     )
     m, n, stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"]
     elements = (n + stages * m) * (d + dv) + 2 * m * n
-    dq = m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
-    return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 32 + 16 * (2 + 2 * stages + 2))
+    dq = 2 * m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
+    return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 32 + 16 * (2 + 2 * stages + 4))
 
 
 def _backward_wide_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
@@ -241,14 +244,20 @@ def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     return int(elements * problem.itemsize + 32 + 16 * (1 + tile["Q_STAGES"] + 2 * tile["STAGES"]))
 
 
-def _section(problem: Problem, row_blocks: int, device: Device) -> int:
-    """Heads whose tiles a Hopper kernel orders together.
+def _section(problem: Problem, blocks: int, device: Device, counted: bool) -> int:
+    """Heads whose tiles a Hopper kernel orders together, the longest first.
 
-    One head after the other shares K and V in the level-2 cache. But the tiles of a long one under a causal mask are so
-    unlike that about two rounds of tiles must be ordered by length for all thread blocks to get alike.
+    Few share their K and V in the level-2 cache; many let thread blocks that take tiles as they get free end together.
+    Those that take turns get alike from head to head, but for long heads under a causal mask, whose tiles are so unlike
+    that about two rounds of tiles must be ordered.
     """
-    unlike = problem.right < UNBOUNDED <= problem.left
-    heads = 2 * device.multiprocessors // row_blocks if unlike and row_blocks > 16 else 1
+    rounds = 2 * device.multiprocessors // max(blocks, 1)
+    if counted:
+        head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.itemsize
+        heads = min(rounds, 2**23 * problem.heads // max(problem.heads_kv * head_bytes, 1))
+    else:
+        unlike = problem.right < UNBOUNDED <= problem.left
+        heads = rounds if unlike and blocks > 16 else 1
     return 1 << max(0, heads.bit_length() - 1)
 
 

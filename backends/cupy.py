@@ -117,10 +117,11 @@ def _forward(
     lse = ndarray(call.lse_shape, call.lse_dtype) if return_lse else None
     lse_ptr = 0 if lse is None else lse.data.ptr
     pointers = (q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_ptr, get_current_stream().ptr)
-    if alibi is None and cu_seqlens_q is None and not seed:
+    size = launch.workspace_bytes(call)
+    if alibi is None and cu_seqlens_q is None and not seed and not size:
         launch.forward(call, *pointers)
     else:
-        workspace = alloc(launch.workspace_bytes(call))
+        workspace = alloc(size)
         extras = _extras(alibi, cu_seqlens_q, cu_seqlens_k, seed or 0)
         launch.forward(call, *pointers, **extras, workspace=workspace.ptr)
     return (out, lse) if return_lse else out

@@ -14,8 +14,9 @@ struct alignas(VECTOR * sizeof(Element)) Vector {
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __grid_constant__ Params p) {
-  const int block_m = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads,
-            batch = blockIdx.x / p.row_blocks / p.heads;
+  const int index = gridDim.x - 1 - blockIdx.x;  // the main kernel begins with the first heads: they shall be in cache
+  const int block_m = index % p.row_blocks, head = index / p.row_blocks % p.heads,
+            batch = index / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
   const int end = min((block_m + 1) * BLOCK_M, sequence.seqlen_q);
   if (block_m * BLOCK_M >= end) return;

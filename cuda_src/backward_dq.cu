@@ -5,8 +5,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_dq(const __gri
   extern __shared__ __align__(1024) unsigned char shared[];
   const Tile<Element, BLOCK_M, D> dq_smem{shared_address(shared)};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int block_m = blockIdx.x % p.row_blocks, head = blockIdx.x / p.row_blocks % p.heads,
-            batch = blockIdx.x / p.row_blocks / p.heads;
+  const int index = gridDim.x - 1 - blockIdx.x;  // the last ones are still in the level-2 cache
+  const int block_m = index % p.row_blocks, head = index / p.row_blocks % p.heads,
+            batch = index / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
   const int first_row = block_m * BLOCK_M;
   if (first_row >= sequence.seqlen_q) return;

@@ -50,9 +50,9 @@ static_assert(StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 struct Shared {  // dynamic shared memory
   static constexpr int ROW_SUMS = 2 * BLOCK_M * 4, ROW_BYTES = TileQ::BYTES + TileO::BYTES;
   static constexpr int V = TileK::BYTES, ROWS = V + TileV::BYTES, DS = ROWS + STAGES * ROW_BYTES;
-  static constexpr int DQ = DS + 2 * TileS::BYTES, SUMS = DQ + CONSUMERS * SLICE * 4;
+  static constexpr int DQ = DS + 2 * TileS::BYTES, SUMS = DQ + CONSUMERS * 2 * SLICE * 4;
   static constexpr int WORK = SUMS + STAGES * ROW_SUMS, RINGS = WORK + Work::BYTES;
-  static constexpr int BYTES = RINGS + 16 * (2 + 2 * STAGES + CONSUMERS);
+  static constexpr int BYTES = RINGS + 16 * (2 + 2 * STAGES + 2 * CONSUMERS);
   unsigned base;
 
   __device__ __forceinline__ TileK k() const { return {base}; }
@@ -61,14 +61,16 @@ struct Shared {  // dynamic shared memory
   __device__ __forceinline__ TileO dout(int stage) const { return {base + ROWS + stage * ROW_BYTES + TileQ::BYTES}; }
   __device__ __forceinline__ unsigned sums(int stage) const { return base + SUMS + stage * ROW_SUMS; }
   __device__ __forceinline__ TileS ds(int buffer) const { return {base + DS + buffer * TileS::BYTES}; }
-  __device__ __forceinline__ unsigned dq(int consumer) const { return base + DQ + consumer * SLICE * 4; }
+  __device__ __forceinline__ unsigned dq(int consumer, int stage) const {
+    return base + DQ + (2 * consumer + stage) * SLICE * 4;
+  }
   __device__ __forceinline__ unsigned work() const { return base + WORK; }
   __device__ __forceinline__ Stages<1> work_stages() const { return {base + RINGS}; }
   __device__ __forceinline__ Stages<1> kv_stages() const { return {base + RINGS + 16}; }
   __device__ __forceinline__ Stages<STAGES> q_stages() const { return {base + RINGS + 32}; }
   __device__ __forceinline__ Stages<STAGES> dout_stages() const { return {base + RINGS + 16 * (2 + STAGES)}; }
-  __device__ __forceinline__ Stages<1> dq_stages(int consumer) const {
-    return {base + RINGS + 16 * (2 + 2 * STAGES + consumer)};
+  __device__ __forceinline__ Stages<2> dq_stages(int consumer) const {
+    return {base + RINGS + 16 * (2 + 2 * (STAGES + consumer))};
   }
 };
 static_assert(SHARED_BYTES >= Shared::BYTES);
@@ -90,6 +92,21 @@ struct Tiles {
     if (!x.valid) return {-1};
     return {(DETERMINISTIC ? x.blocks - 1 - x.block : x.block) * BLOCK_N, x.head, x.sequence};
   }
+};
+
+// The blocks of rows that see some of a tile's keys. They are gone through from the diagonal on, and around: then
+// thread blocks with different keys of a head are at different rows, and seldom add to the same dQ. In order of
+// addition, from the first one on.
+struct RowBlocks {
+  int begin, end, start;
+
+  __device__ __forceinline__ RowBlocks(const Band& band, int first_key) {
+    const Band::Blocks blocks = band.row_blocks(first_key, BLOCK_N, BLOCK_M);
+    begin = blocks.begin, end = blocks.end, start = begin;
+    if (!DETERMINISTIC && begin < end) start += max(first_key / BLOCK_M - begin, 0) % (end - begin);
+  }
+  __device__ __forceinline__ int count() const { return end - begin; }
+  __device__ __forceinline__ int after(int block) const { return block + 1 == end ? begin : block + 1; }
 };
 
 template <int VALUE_>
@@ -114,11 +131,12 @@ __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared sh
     const Work work = take_and_tell(tiles, shared.work(), work_ring);
     if (!work.valid()) break;
     const Sequence& sequence = work.sequence;
-    const Band::Blocks blocks = Band(p, sequence).row_blocks(work.first, BLOCK_N, BLOCK_M);
+    const RowBlocks blocks(Band(p, sequence), work.first);
 #pragma unroll 1  // producers have few registers
-    for (int head = work.head * p.group; head < (work.head + 1) * p.group; ++head)
+    for (int head = work.head * p.group; head < (work.head + 1) * p.group; ++head) {
+      int block = blocks.start;
 #pragma unroll 1
-      for (int block = blocks.begin; block < blocks.end; ++block) {
+      for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
         const int row = static_cast<int>(sequence.start_q) + block * BLOCK_M;
         q_ring.wait_empty();
         const Barrier q_full = q_ring.expect(TileQ::BYTES + Shared::ROW_SUMS);
@@ -130,6 +148,7 @@ __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared sh
              sequence.batch);
         dout_ring.next();
       }
+    }
   }
 }
 
@@ -153,18 +172,21 @@ __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shar
 // order, how many have added theirs.
 __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, const int consumer) {
   constexpr int SET = 1 << 30;
-  Ring<1> work_ring(shared.work_stages()), ring(shared.dq_stages(consumer));
+  Ring<1> work_ring(shared.work_stages());
+  Ring<2> ring(shared.dq_stages(consumer));
   while (true) {
     const Work work = hear(p, shared.work(), work_ring);
     if (!work.valid()) break;
     const Band band(p, work.sequence);
-    const Band::Blocks blocks = band.row_blocks(work.first, BLOCK_N, BLOCK_M);
+    const RowBlocks blocks(band, work.first);
     for (int head = work.head * p.group; head < (work.head + 1) * p.group; ++head) {
-      const DqAccum dq_accum(p, work.sequence, head, blocks.begin);
-      int* ticket = p.tickets + 1 + dq_accum.block * CONSUMERS + consumer;
-      float* slice = dq_accum.origin + consumer * SLICE;
+      const DqAccum dq_accum(p, work.sequence, head, 0);
+      int block = blocks.start;
 #pragma unroll 1
-      for (int block = blocks.begin; block < blocks.end; ++block, ticket += CONSUMERS, slice += CONSUMERS * SLICE) {
+      for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
+        int* const ticket = p.tickets + 1 + (dq_accum.block + block) * CONSUMERS + consumer;
+        float* const slice = dq_accum.origin + (block * CONSUMERS + consumer) * SLICE;
+        const unsigned source = shared.dq(consumer, ring.stage);
         bool first;
         ring.wait();
         // Wrong lengths may share a ticket: never wait for equality.
@@ -178,13 +200,13 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
           while (!first && seen < SET) seen = load_acquire(ticket);
         }
         if (first) {
-          store_run(slice, shared.dq(consumer), SLICE * 4);
+          store_run(slice, source, SLICE * 4);
         } else {
           fence_async_global();
-          add_run(slice, shared.dq(consumer), SLICE * 4);
+          add_run(slice, source, SLICE * 4);
         }
         wait_runs_read();
-        ring.stages.empty(0).arrive();
+        ring.stages.empty(ring.stage).arrive();
         ring.next();
         if (DETERMINISTIC || first) {
           wait_runs();
@@ -209,7 +231,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
   Ring<STAGES> q_ring(shared.q_stages());  // dO's moves along with it
   const Stages<STAGES> dout_stages = shared.dout_stages();
-  unsigned buffer = 0;  // of dS; also the phase of dQ's stage
+  Ring<2> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
 
   // Rows of the next sequence take part in products with 0, and 0 * NaN is NaN.
   const auto clear = [&](const auto& tile, int end, int barrier, int threads) {
@@ -226,7 +248,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
     if (!work.valid()) break;
     const Sequence& sequence = work.sequence;
     const Band band(p, sequence);
-    const Band::Blocks blocks = band.row_blocks(work.first, BLOCK_N, BLOCK_M);
+    const RowBlocks blocks(band, work.first);
     const int first_key = work.first + number * KEYS, key0 = first_key + warp * 16 + lane / 4;
     float dk[1][DK / 8][4] = {}, dv[1][DV / 8][4] = {};  // [KEYS, DK], [KEYS, DV]
 
@@ -235,7 +257,8 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
     for (int head = work.head * p.group; head < (work.head + 1) * p.group; ++head) {
       score.select(p, band, sequence.batch, head);
       const Dropout dropout(p, sequence.batch, head);
-      for (int block = blocks.begin; block < blocks.end; ++block) {
+      int block = blocks.start;
+      for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
         const int first_row = block * BLOCK_M, row0 = first_row + lane % 4 * 2;
         const TileQ q_smem = shared.q(q_ring.stage);
         const TileO dout_smem = shared.dout(q_ring.stage);
@@ -246,6 +269,8 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
         q_ring.wait();
         clear(q_smem, sequence.seqlen_q - first_row, 2 + number, 128);
+        float lse[N][2], delta[N][2];
+        load_row_sums(lse, sums);
         pin(s);
         wgmma_fence();
         warpgroup_gemm<DK / 16>(s, k, WarpgroupOperand<Major::K, TileQ>(q_smem), false);
@@ -273,7 +298,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
             derivative[i / 4][i % 4] =
                 score.derivative(s[i / 4][i % 4], row0 + i / 4 * 8 + i % 2, key0 + i % 4 / 2 * 8);
         }
-        exponentiate_transposed(s, score.factor, sums);
+        exponentiate_transposed(s, score.factor, lse);
         if (masked) band.mask_transposed(s, row0, key0, 0.f);  // not before: LSE may be NaN
 #pragma unroll
         for (int n = 0; n < N; ++n) {
@@ -286,33 +311,34 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           }
         }
 
+        // Before the wait: shared memory is slow while the products use it. But for 128 rows there are no registers.
+        if constexpr (N == 8) load_row_sums(delta, sums + BLOCK_M * 4);
         wgmma_wait<0>();
+        if constexpr (N > 8) load_row_sums(delta, sums + BLOCK_M * 4);
         pin(dp);
         if (masked) spoilt |= any_non_finite(dp_rmem);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-          float delta[2];
-          load_row_sums(delta, sums + BLOCK_M * 4, n);
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             float x = dp[n][c];
             if constexpr (DROPOUT) x = dropped.at(n, c) ? 0 : x * keep_scale;
-            dp[n][c] = s[n][c] * (x - delta[c % 2]);
+            dp[n][c] = s[n][c] * (x - delta[n][c % 2]);
             if constexpr (SOFTCAP) dp[n][c] *= derivative[n][c];
           }
         }
         if (masked) band.mask_transposed(dp, row0, key0, 0.f);
         pack_transposed(ds_words, dp);
 
-        const TileS ds_smem = shared.ds(buffer);
+        const TileS ds_smem = shared.ds(dq_ring.stage);
         QFragments dq;
         if (!masked || !named_barrier_or(1, 256, spoilt)) {
+          store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
           pin(dv[0]);
           pin(p_words);
           wgmma_fence();
           warpgroup_gemm(dv[0], p_words, WarpgroupOperand<Major::MN, TileO>(dout_smem));
           wgmma_commit();
-          store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
           fence_async_shared();
           named_barrier_sync(1, 256);  // both consumers' dS is here, and the other buffer is free
           pin(dq[0]);
@@ -333,7 +359,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           wgmma_wait<1>();
           pin(dq[0]);
         } else {
-          const TileS p_smem = shared.ds(buffer ^ 1);
+          const TileS p_smem = shared.ds(dq_ring.stage ^ 1);
           store_transposed(p_smem, p_words, number * KEYS + warp * 16);
           store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
           named_barrier_sync(1, 256);
@@ -348,19 +374,19 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           dout_stages.release(q_ring.stage);
         }
 
-        shared.dq_stages(number).empty(0).wait(buffer ^ 1);
+        dq_ring.wait_empty();
 #pragma unroll
         for (int n = 0; n < Q_COLUMNS / 8; ++n)
-          store_shared(shared.dq(number) + ((warp * (Q_COLUMNS / 8) + n) * 32 + lane) * 16, dq[0][n]);
+          store_shared(shared.dq(number, dq_ring.stage) + ((warp * (Q_COLUMNS / 8) + n) * 32 + lane) * 16, dq[0][n]);
         fence_async_shared();
         __syncwarp();
-        if (lane == 0) shared.dq_stages(number).full(0).arrive();
+        if (lane == 0) dq_ring.stages.full(dq_ring.stage).arrive();
 
         wgmma_wait<0>();
         pin(dk[0]);
         pin(ds_words);
         q_ring.release();
-        buffer ^= 1;
+        dq_ring.next();
       }
     }
     shared.kv_stages().release(0);

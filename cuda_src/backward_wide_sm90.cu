@@ -231,8 +231,8 @@ struct Consumer : Context<PART> {
   // Of this lane's first entry of S^T, and where that row's LSE is; its delta lies BLOCK_M floats behind.
   __device__ __forceinline__ int row0(const Step& step) const { return step.block * BLOCK_M + lane % 4 * 2; }
   __device__ __forceinline__ int key0() const { return first_key + lane / 4; }
-  __device__ __forceinline__ unsigned lse() const { return shared.sums(sums_ring.stage) + lane % 4 * 8; }
-  __device__ __forceinline__ unsigned delta() const { return lse() + BLOCK_M * 4; }
+  __device__ __forceinline__ unsigned lse_smem() const { return shared.sums(sums_ring.stage) + lane % 4 * 8; }
+  __device__ __forceinline__ unsigned delta_smem() const { return lse_smem() + BLOCK_M * 4; }
 
   __device__ __forceinline__ bool masked(const Step& step) const {
     const int first_row = step.block * BLOCK_M, last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
@@ -364,18 +364,21 @@ struct ConsumerDk : Consumer<Part::DK> {
       const Dropped<N> dropped(Dropout(p, work.batch, step.head), row0(step), key0());
       const bool hides = masked(step);
 
+      float lse[N][2], delta[N][2];
       sums_ring.wait();
+      load_row_sums(lse, lse_smem());
       wgmma_wait<1>();
       pin(s[0]);
       // Hidden entries of dS are 0, but K's and Q's may be NaN or inf.
       const bool spoilt = hides && any_non_finite(s);
       apply_transposed(s[0], score, row0(step), key0());
-      if constexpr (!SOFTCAP) exponentiate_transposed(s[0], score.factor, lse());
+      if constexpr (!SOFTCAP) exponentiate_transposed(s[0], score.factor, lse);
 
       wgmma_wait<0>();
       pin(ds[0]);
       release<DOUT_PANELS>(dout_ring);
-      differentiate(ds[0], s[0], dropped, step);
+      load_row_sums(delta, delta_smem());
+      differentiate(ds[0], s[0], lse, delta, dropped, step);
       sums_ring.release();
       if (hides) band.mask_transposed(ds[0], row0(step), key0(), 0.f);
       pack_transposed(ds_words, ds[0]);
@@ -406,27 +409,25 @@ struct ConsumerDk : Consumer<Part::DK> {
 
   // ds, which is dP, becomes dS = P * (dropout(dP) - delta) * score'(S); s is P, or S where its derivative is wanted:
   // there are no registers for both.
-  __device__ __forceinline__ void differentiate(float (&ds)[N][4], float (&s)[N][4], const Dropped<N>& dropped,
+  __device__ __forceinline__ void differentiate(float (&ds)[N][4], float (&s)[N][4], const float (&lse)[N][2],
+                                                const float (&delta)[N][2], const Dropped<N>& dropped,
                                                 const Step& step) const {
     float derivative[4];
     const float keep_scale = static_cast<float>(p.keep_scale);
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      float sums[2];
       if constexpr (SOFTCAP) {
-        load_row_sums(sums, lse(), n);
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           derivative[c] = score.derivative(s[n][c], row0(step) + n * 8 + c % 2, key0() + c / 2 * 8);
-          s[n][c] = exp2_fast(fma(s[n][c], score.factor, -sums[c % 2]));
+          s[n][c] = exp2_fast(fma(s[n][c], score.factor, -lse[n][c % 2]));
         }
       }
-      load_row_sums(sums, delta(), n);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x = ds[n][c];
         if constexpr (DROPOUT) x = dropped.at(n, c) ? 0 : x * keep_scale;
-        ds[n][c] = s[n][c] * (x - sums[c % 2]);
+        ds[n][c] = s[n][c] * (x - delta[n][c % 2]);
         if constexpr (SOFTCAP) ds[n][c] *= derivative[c];
       }
     }
@@ -504,17 +505,17 @@ struct ConsumerDv : Consumer<Part::DV> {
     score.select(p, band, work.batch, step.head);
     const Dropped<N> dropped(Dropout(p, work.batch, step.head), row0(step), key0());
     apply_transposed(s, score, row0(step), key0());
+    float lse[N][2];
     sums_ring.wait();
-    exponentiate_transposed(s, score.factor, lse());
+    load_row_sums(lse, lse_smem());
+    exponentiate_transposed(s, score.factor, lse);
     bool spoilt = false;
     if (masked(step)) {
       band.mask_transposed(s, row0(step), key0(), 0.f);
+      float delta[N][2];
+      load_row_sums(delta, delta_smem());
 #pragma unroll
-      for (int n = 0; n < N; ++n) {
-        float x[2];
-        load_row_sums(x, delta(), n);
-        spoilt |= !is_finite(x[0] + x[1]);
-      }
+      for (int n = 0; n < N; ++n) spoilt |= !is_finite(delta[n][0] + delta[n][1]);
       spoilt = __any_sync(~0u, spoilt);  // all warps look at all rows
     }
     sums_ring.release();

@@ -65,7 +65,7 @@ struct Tiles {
 
   __device__ __forceinline__ explicit Tiles(const Params& params) : p(params), index(blockIdx.x) {}
 
-  __device__ __forceinline__ Work take() { return VARLEN ? take_free() : take_turn(); }
+  __device__ __forceinline__ Work take() { return p.tickets != nullptr ? take_free() : take_turn(); }
 
  private:
   // One tile from each round over all thread blocks, every other round the other way round, so that all get alike; and
@@ -80,7 +80,9 @@ struct Tiles {
 
   // The next one that no thread block has taken yet.
   __device__ __forceinline__ Work take_free() {
-    const Place x = packed.find<BLOCK_M>(p, add_relaxed(p.tickets, 1), p.heads, &Sequence::seqlen_q);
+    index = add_relaxed(p.tickets, 1);
+    const Place x = VARLEN ? packed.find<BLOCK_M>(p, index, p.heads, &Sequence::seqlen_q)
+                           : Place::dense(p, index, p.row_blocks, p.heads);
     if (!x.valid) return {-1};
     return {(x.blocks - 1 - x.block) * BLOCK_M, x.head, x.sequence};
   }
@@ -117,11 +119,16 @@ __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shar
   Ring<1> work_ring(shared.work_stages());
   Ring<STAGES> k_ring(shared.k_stages()), v_ring(shared.v_stages());
   while (true) {
-    const Work work = hear(p, shared.work(), work_ring);
+    work_ring.wait();
+    const Work work = Work::read(p, shared.work());
     if (!work.valid()) return;
     const Band::Blocks blocks = Band(p, work.sequence).key_blocks(work.first, BLOCK_M, BLOCK_N);
     const int head_kv = work.head / p.group, batch = work.sequence.batch;
+    // The next tile is taken when this one has two blocks left to bring: late, so that thread blocks get alike.
+    const int two_left = min(blocks.begin + 1, blocks.end - 1);
+    if (two_left < blocks.begin) work_ring.stages.empty(0).arrive();
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
+      if (block == two_left) work_ring.stages.empty(0).arrive();
       const int row = static_cast<int>(work.sequence.start_k) + block * BLOCK_N;
       k_ring.wait_empty();
       load(shared.k(k_ring.stage), k_ring.expect(TileK::BYTES), p.k_map, p.k_strides, row, head_kv, batch);
@@ -130,6 +137,7 @@ __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shar
       load(shared.v(v_ring.stage), v_ring.expect(TileV::BYTES), p.v_map, p.v_strides, row, head_kv, batch);
       v_ring.next();
     }
+    work_ring.next();
   }
 }
 

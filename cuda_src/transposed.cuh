@@ -36,21 +36,18 @@ __device__ __forceinline__ void apply_transposed(float (&s)[N][4], const Score<f
   }
 }
 
-// Of rows row0 + 8 n and row0 + 8 n + 1, where `sums` is the address of row0's.
-__device__ __forceinline__ void load_row_sums(float (&x)[2], unsigned sums, int n) {
-  load_shared_pair(x[0], x[1], sums + n * 32);
+// LSE or delta of a lane's rows, where `sums` is the address of row0's.
+template <int N>
+__device__ __forceinline__ void load_row_sums(float (&x)[N][2], unsigned sums) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) load_shared_pair(x[n][0], x[n][1], sums + n * 32);
 }
 
 // S -> P.
 template <int N>
-__device__ __forceinline__ void exponentiate_transposed(float (&s)[N][4], float factor, unsigned lse_smem) {
+__device__ __forceinline__ void exponentiate_transposed(float (&s)[N][4], float factor, const float (&lse)[N][2]) {
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    float lse[2];
-    load_row_sums(lse, lse_smem, n);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) s[n][c] = exp2_fast(fma(s[n][c], factor, -lse[c % 2]));
-  }
+  for (int i = 0; i < 4 * N; ++i) s[i / 4][i % 4] = exp2_fast(fma(s[i / 4][i % 4], factor, -lse[i / 4][i % 2]));
 }
 
 // As A fragments of a product, and into a tile of [rows, keys] whose first row is row0's; `key` is the warp's first one

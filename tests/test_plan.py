@@ -147,11 +147,23 @@ def test_registers_change_hands_within_what_a_block_starts_with() -> None:
 
 
 def test_order_of_tiles() -> None:
-    """Long tiles of unlike length are ordered two rounds at a time, all others head by head."""
-    assert plan.forward(problem(head_dim=128, seqlen=16384, causal=True), HOPPER).section == 2
-    assert plan.forward(problem(head_dim=128, seqlen=4096, causal=True), HOPPER).section == 8
-    assert plan.forward(problem(head_dim=128, seqlen=512, causal=True), HOPPER).section == 1
-    assert plan.forward(problem(head_dim=128, seqlen=16384), HOPPER).section == 1
+    """Tiles of as many heads as fill two rounds or 8 MiB of K and V; without a counter, only where they are unlike."""
+    sections = {
+        seqlen: plan.forward(problem(head_dim=128, heads=512, seqlen=seqlen, causal=True), HOPPER).section
+        for seqlen in (512, 4096, 16384)
+    }
+    assert sections == {512: 32, 4096: 4, 16384: 1}
+    assert plan.forward(problem(head_dim=64, heads=512, seqlen=4096), HOPPER).section == 8
+    assert plan.forward(problem(head_dim=256, heads=512, seqlen=4096, causal=True), HOPPER).section == 8
+    assert plan.forward(problem(head_dim=256, heads=512, seqlen=4096), HOPPER).section == 1
+    assert plan.forward(problem(head_dim=256, heads=512, seqlen=512, causal=True), HOPPER).section == 1
+
+
+def test_counter_of_tiles() -> None:
+    """One only where thread blocks have more than one tile, and a second stage for Q."""
+    assert plan.forward(problem(head_dim=128, seqlen=512), HOPPER).ticket_bytes == 0
+    assert plan.forward(problem(head_dim=128, heads=512, seqlen=512), HOPPER).ticket_bytes == 4
+    assert plan.forward(problem(head_dim=256, heads=512, seqlen=512), HOPPER).ticket_bytes == 0
 
 
 @pytest.mark.parametrize(
