@@ -895,7 +895,8 @@ def test_forward_allocates_its_results_only() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out, lse = anyattn.attention(q, k, v, return_lse=True)
-    assert torch.cuda.max_memory_allocated() - before == out.nbytes + lse.nbytes
+    counter = 512  # of tiles: a few bytes, which the allocator rounds up
+    assert torch.cuda.max_memory_allocated() - before <= out.nbytes + lse.nbytes + counter
 
 
 @pytest.mark.gpu
