@@ -254,6 +254,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
     shared.kv_stages().full(0).wait(phase);
     clear(shared.k(), sequence.seqlen_k - work.first, 1, 256);
+    clear(shared.v(), sequence.seqlen_k - work.first, 1, 256);
     for (int head = work.head * p.group; head < (work.head + 1) * p.group; ++head) {
       score.select(p, band, sequence.batch, head);
       const Dropout dropout(p, sequence.batch, head);

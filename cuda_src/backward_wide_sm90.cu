@@ -355,6 +355,7 @@ struct ConsumerDk : Consumer<Part::DK> {
     shared.k_stages().full(0).wait(0);
     clear(shared.k(), sequence.seqlen_k - work.block * BLOCK_N, 1, 256);
     shared.v_stages().full(0).wait(0);
+    clear(shared.v(), sequence.seqlen_k - work.block * BLOCK_N, 1, 256);
     for (Step step = steps.first(); steps.has(step); steps.advance(step)) {
       float s[1][N][4], ds[1][N][4];  // [KEYS, BLOCK_M]
       unsigned ds_words[N / 2][4];
