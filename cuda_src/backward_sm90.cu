@@ -185,7 +185,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
 #pragma unroll 1
       for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
         int* const ticket = p.tickets + 1 + (dq_accum.block + block) * CONSUMERS + consumer;
-        float* const slice = dq_accum.origin + (block * CONSUMERS + consumer) * SLICE;
+        float* const slice = dq_accum.origin + static_cast<long long>(block * CONSUMERS + consumer) * SLICE;
         const unsigned source = shared.dq(consumer, ring.stage);
         bool first;
         ring.wait();
