@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,16 +18,12 @@ from typing import Any, TypeVar
 
 import anyattn
 from anyattn import explanation, launch, plan
-from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version
+from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version, serialised
 from anyattn.problem import DTYPES
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 T = TypeVar("T")
-
-# wgmma.wait_group moved by the compiler: wanted where it stands (the kernel says why). The other C75xx mean that
-# it gave up on overlapping tensor-core products.
-HARMLESS = "(C7517)"
 
 # Bytes a thread, stores and loads: a few loop-invariant addresses. More would be accumulators. Which kernels have any
 # differs from one NVRTC to the next, and the tiles without were measured to be slower.
@@ -259,7 +254,7 @@ def _kernel_rows(spec: Spec, built: Cubin | CompileError) -> Iterator[dict[str, 
             "shared_bytes": kernel.shared_bytes + int(dict(spec.constants).get("SHARED_BYTES", 0)),
             "warnings": warnings,
             "seconds": round(built.seconds, 2),
-            "faults": spills + [w for w in warnings if re.match(r"\(C75\d\d\)", w) and not w.startswith(HARMLESS)],
+            "faults": spills + serialised(warnings),
         }
 
 

@@ -24,7 +24,9 @@ from pathlib import Path
 
 from anyattn.log import log
 
-__all__ = ["CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version"]
+__all__ = [
+    "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version", "serialised",
+]  # fmt: skip
 
 # `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
 # Lambdas take no annotations, so what has none must be device code.
@@ -77,6 +79,14 @@ class Resources:
     spill_bytes: int  # per thread, stores and loads
     stack_bytes: int  # per thread
     shared_bytes: int  # per block; what is asked for at launch comes on top
+
+
+def serialised(warnings: list[str]) -> list[str]:
+    """Those that tell of tensor-core products which the compiler gave up on overlapping.
+
+    C7517 does not: it moved a wgmma.wait_group, which is wanted where it stands (the kernel says why).
+    """
+    return [line for line in warnings if re.match(r"\(C75(?!17)\d\d\)", line)]
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def forward(
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)
-    tickets = workspace if prepared.plan.ticket_bytes else 0
+    tickets = workspace if prepared.plan.ticket_bytes else 0  # null: tiles by turns
     pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, pointers, stream)
 

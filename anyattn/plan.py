@@ -130,7 +130,7 @@ def _forward_sm90(problem: Problem, device: Device) -> Plan:
         row_blocks,
         key_blocks=0,
         ticket_bytes=4 if counted and grid else 0,
-        section=_section(problem, row_blocks, device, counted),
+        section=(_counted_section if counted else _section)(problem, row_blocks, device),
         boxes=(("q", 64), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"])),
     )
 
@@ -205,7 +205,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
     )
     return replace(
         _backward(bp, device, tile, main),
-        section=1 if wide else _section(problem, key_blocks, device, False),
+        section=1 if wide else _section(problem, key_blocks, device),
         boxes=(("q", tile["BLOCK_M"]), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"]), ("dout", tile["BLOCK_M"])),
     )
 
@@ -244,21 +244,29 @@ def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     return int(elements * problem.itemsize + 32 + 16 * (1 + tile["Q_STAGES"] + 2 * tile["STAGES"]))
 
 
-def _section(problem: Problem, blocks: int, device: Device, counted: bool) -> int:
+def _section(problem: Problem, blocks: int, device: Device) -> int:
     """Heads whose tiles a Hopper kernel orders together, the longest first.
 
-    Few share their K and V in the level-2 cache; many let thread blocks that take tiles as they get free end together.
-    Those that take turns get alike from head to head, but for long heads under a causal mask, whose tiles are so unlike
-    that about two rounds of tiles must be ordered.
+    One head after the other shares K and V in the level-2 cache. But the tiles of a long one under a causal mask are so
+    unlike that about two rounds of tiles must be ordered by length for all thread blocks to get alike.
     """
-    rounds = 2 * device.multiprocessors // max(blocks, 1)
-    if counted:
-        head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.itemsize
-        heads = min(rounds, 2**23 * problem.heads // max(problem.heads_kv * head_bytes, 1))
-    else:
-        unlike = problem.right < UNBOUNDED <= problem.left
-        heads = rounds if unlike and blocks > 16 else 1
-    return 1 << max(0, heads.bit_length() - 1)
+    unlike = problem.right < UNBOUNDED <= problem.left
+    return _power_of_two(2 * device.multiprocessors // blocks if unlike and blocks > 16 else 1)
+
+
+def _counted_section(problem: Problem, blocks: int, device: Device) -> int:
+    """The same in the forward pass, where thread blocks take the next free tile by a counter.
+
+    As many as have 8 MiB of K and V, which the level-2 cache holds beside the rest; at most two rounds of tiles.
+    """
+    head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.itemsize
+    heads = 2**23 * problem.heads // max(problem.heads_kv * head_bytes, 1)
+    return _power_of_two(min(2 * device.multiprocessors // max(blocks, 1), heads))
+
+
+def _power_of_two(x: int) -> int:
+    """The greatest that is at most x; 1 below that."""
+    return 1 << max(0, x.bit_length() - 1)
 
 
 # ------------------------------------------------------------------------------------------------ portable

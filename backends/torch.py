@@ -92,13 +92,9 @@ def attention(
             out = _empty_cuda(problem.out_shape, strides, q.dtype)
             stream = _raw_stream(device)
             lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype]) if return_lse else None
-            lse_ptr = 0 if lse is None else lse.data_ptr()
-            if size := launch.workspace_bytes(problem):
-                workspace = q.new_empty(size, dtype=torch.uint8)
-                pointers = (q_ptr, k_ptr, v_ptr, out.data_ptr(), lse_ptr)
-                launch.forward(problem, *pointers, stream, workspace=workspace.data_ptr())
-            else:
-                launch.forward(problem, q_ptr, k_ptr, v_ptr, out.data_ptr(), lse_ptr, stream)
+            workspace = _workspace(q, problem)
+            pointers = (q_ptr, k_ptr, v_ptr, out.data_ptr(), _address(lse))
+            launch.forward(problem, *pointers, stream, workspace=_address(workspace))
             return out if lse is None else (out, lse)
     out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
     return (out, lse) if return_lse else out
@@ -284,12 +280,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tens
     else:
         pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
         stream = _raw_stream(problem.device)
-        if size := launch.workspace_bytes(problem):
-            workspace = q.new_empty(size, dtype=torch.uint8)
-            launch.forward(problem, *pointers, stream, **extras, workspace=workspace.data_ptr())
-        else:
-            launch.forward(problem, *pointers, stream, **extras)
+        workspace = _workspace(q, problem)
+        launch.forward(problem, *pointers, stream, **extras, workspace=_address(workspace))
     return out, lse
+
+
+def _workspace(q: Tensor, problem: Problem) -> Tensor | None:
+    """What the forward pass needs besides its arguments and results: often nothing."""
+    size = launch.workspace_bytes(problem)
+    return q.new_empty(size, dtype=torch.uint8) if size else None
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _backward(

@@ -271,7 +271,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         q_ring.wait();
         clear(q_smem, sequence.seqlen_q - first_row, 2 + number, 128);
         float lse[N][2], delta[N][2];
-        load_row_sums(lse, sums);
+        load_row_sums(lse, sums);  // now, since shared memory is slow while products use it
         pin(s);
         wgmma_fence();
         warpgroup_gemm<DK / 16>(s, k, WarpgroupOperand<Major::K, TileQ>(q_smem), false);
@@ -312,7 +312,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           }
         }
 
-        // Before the wait: shared memory is slow while the products use it. But for 128 rows there are no registers.
+        // Before the wait for the same reason; but for 128 rows there are no registers.
         if constexpr (N == 8) load_row_sums(delta, sums + BLOCK_M * 4);
         wgmma_wait<0>();
         if constexpr (N > 8) load_row_sums(delta, sums + BLOCK_M * 4);

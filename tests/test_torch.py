@@ -895,8 +895,10 @@ def test_forward_allocates_its_results_only() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out, lse = anyattn.attention(q, k, v, return_lse=True)
-    counter = 512  # of tiles: a few bytes, which the allocator rounds up
-    assert torch.cuda.max_memory_allocated() - before <= out.nbytes + lse.nbytes + counter
+    # And a counter of tiles where the kernel wants one: four bytes, of which the allocator makes 512.
+    counter = anyattn.explain(q, k, v).forward.workspace_bytes
+    assert counter in (0, 4)
+    assert torch.cuda.max_memory_allocated() - before == out.nbytes + lse.nbytes + 128 * counter
 
 
 @pytest.mark.gpu

@@ -203,7 +203,7 @@ def fault(chosen: Plan | str) -> str | None:
             return f"{kernel.name} doesn't compile" + (f": {asserted[0]}" if asserted else "")
         if spilled := sum(used.spill_bytes for used in built.resources()):
             return f"{kernel.name} spills {spilled} bytes"
-        if serialised := [line for line in built.warnings() if re.match(r"\(C75(?!17)\d\d\)", line)]:
+        if serialised := compiler.serialised(built.warnings()):
             return f"{kernel.name}: {serialised[0]}"
     return None
 
