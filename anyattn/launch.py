@@ -72,9 +72,10 @@ class _Arguments(threading.local):
 
     def __init__(self, constants: bytes) -> None:
         content = bytes(_POINTERS.size) + constants
-        self.params: Any = ctypes.create_string_buffer(content, len(content))  # its type forbids slices of bytes
+        self._memory = ctypes.create_string_buffer(content, len(content))
+        self.params = memoryview(self._memory).cast("B")  # a ctypes array would copy a slice byte by byte
         self.mapped: tuple[int, ...] = ()  # the pointers whose tensor maps it holds: to encode them takes microseconds
-        self._pointer = ctypes.c_void_p(ctypes.addressof(self.params))
+        self._pointer = ctypes.c_void_p(ctypes.addressof(self._memory))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
         self.used = False
 
@@ -103,9 +104,10 @@ def backward(
     """Launch the backward kernels; `workspace` points to workspace_bytes(bp) bytes of any content, 256-byte aligned."""
     prepared = _prepare_backward(bp)
     parts = prepared.plan
+    delta = workspace if parts.delta_bytes else dq
     dq_accum = workspace + parts.delta_bytes
     tickets = dq_accum + parts.dq_accum_bytes
-    pointers = (q, k, v, dout, out, lse, dq, dk, dv, dq_accum, workspace, tickets, alibi, cu_seqlens_q, cu_seqlens_k)
+    pointers = (q, k, v, dout, out, lse, dq, dk, dv, dq_accum, delta, tickets, alibi, cu_seqlens_q, cu_seqlens_k)
     _launch(prepared, (*pointers, seed), stream)
 
 

@@ -6,6 +6,7 @@ Pure Python: no GPU is touched, so every decision can be tested on any machine. 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -58,7 +59,7 @@ class Plan:
     kernels: tuple[Kernel, ...]
     row_blocks: int  # blocks of rows for each head
     key_blocks: int  # blocks of keys for each head; 0 in the forward pass
-    delta_bytes: int = 0  # parts of the workspace, one after another
+    delta_bytes: int = 0  # parts of the workspace, one after another; without the first, delta lies in dq
     dq_accum_bytes: int = 0
     ticket_bytes: int = 0
     section: int = 0  # heads whose tiles are worked on together
@@ -341,12 +342,14 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
     if problem.varlen:  # a sequence takes one block more than its share at the most
         rows, blocks = problem.total_q, problem.total_q // tile["BLOCK_M"] + problem.batch
     accum = ITEMSIZE[problem.lse_dtype]
-    row_sums = blocks * 2 * tile["BLOCK_M"] if constants["ROW_SUMS"] else rows
+    delta_bytes = (blocks * 2 * tile["BLOCK_M"] if constants["ROW_SUMS"] else rows) * problem.heads * accum
+    # It lies in dq, which is written last, if there is room.
+    in_dq = delta_bytes <= math.prod(bp.dq_shape) * problem.itemsize
     return Plan(
         tuple(kernel for kernel in kernels if kernel.grid),
         row_blocks,
         key_blocks=_blocks(problem.seqlen_k, tile["BLOCK_N"]),
-        delta_bytes=_aligned(row_sums * problem.heads * accum),
+        delta_bytes=0 if in_dq else _aligned(delta_bytes),
         dq_accum_bytes=_aligned(blocks * problem.heads * tile["BLOCK_M"] * main.columns * accum),
         ticket_bytes=_aligned((main.counters + blocks * problem.heads * main.tickets) * 4),
     )

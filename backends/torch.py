@@ -3,7 +3,7 @@
 A call takes the shortest way that serves it:
 
     eager, no gradient    _forward                              no PyTorch machinery at all
-    eager, gradient       _Attention -> _forward, _backward     an autograd.Function: 10 us more
+    eager, gradient       _EagerAttention                       an autograd.Function: 10 us more
     anything else         torch.ops.anyattn.attention_forward   torch.compile, make_fx, fake and meta tensors, dispatch
                           torch.ops.anyattn.attention_backward  modes, functorch: 150 us more if there is a gradient
 
@@ -34,7 +34,7 @@ from torch.compiler import is_compiling
 
 from anyattn import host, launch
 from anyattn import problem as core
-from anyattn.problem import Options, Problem, View
+from anyattn.problem import BackwardProblem, Options, Problem, View
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
@@ -70,7 +70,7 @@ def attention(
     if (
         not is_compiling()
         and not _is_any_autocast_enabled()
-        and _plain(q, k, v)
+        and _eager(q, k, v)
         and not _differentiable(q, k, v)
         and q.is_cuda
         and (device := q.get_device()) == _current_device()
@@ -78,23 +78,16 @@ def attention(
         and not options.dropout
         and backend != "cpu"
     ):  # the commonest call, spelt out: the way below would take another 5 us
-        q_ptr, k_ptr, v_ptr = q.data_ptr(), k.data_ptr(), v.data_ptr()
         try:
-            problem, strides = _dense(
-                q.shape, q.stride(), q.dtype, device, q_ptr & 15,
-                k.shape, k.stride(), k.dtype, k.get_device(), k_ptr & 15,
-                v.shape, v.stride(), v.dtype, v.get_device(), v_ptr & 15,
-                options,
-            )  # fmt: skip
+            problem, strides = _dense(_key(q), _key(k), _key(v), options)
         except (TypeError, ValueError):  # what is wrong will be named on the way below
             pass
         else:
             out = _empty_cuda(problem.out_shape, strides, q.dtype)
-            stream = _raw_stream(device)
             lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype]) if return_lse else None
             workspace = _workspace(q, problem)
-            pointers = (q_ptr, k_ptr, v_ptr, out.data_ptr(), _address(lse))
-            launch.forward(problem, *pointers, stream, workspace=_address(workspace))
+            pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(lse))
+            launch.forward(problem, *pointers, _raw_stream(device), workspace=_address(workspace))
             return out if lse is None else (out, lse)
     out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
     return (out, lse) if return_lse else out
@@ -202,38 +195,37 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = dout, q, k, v, out, lse
     compiling = is_compiling()
-    if compiling or not (_eager(q, k, v) and _eager(dout, out, lse)):
+    if compiling or not _eager(q, k, v, dout, out, lse):
         _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
         if compiling or peek_interpreter_stack() is None:
             return _backward_operator(*tensors, *_flat(call))
         return _apply_gradients(*tensors, call)
-    if _differentiable(q, k, v) or _differentiable(dout, out, lse):  # create_graph=True
+    if _differentiable(*tensors):  # create_graph=True
         return _apply_gradients(*tensors, call)
     return _backward(*tensors, call)
 
 
-def _eager(a: Tensor, b: Tensor, c: Tensor) -> bool:
-    """Whether three tensors are plain memory of the CPU or of GPUs, and nothing records what is done to them."""
-    return _plain(a, b, c) and ((a.is_cuda and b.is_cuda and c.is_cuda) or (a.is_cpu and b.is_cpu and c.is_cpu))
+def _eager(*tensors: Tensor) -> bool:
+    """Whether tensors are plain memory, all of the CPU or all of GPUs, and nothing records what is done to them."""
+    if (
+        _len_torch_dispatch_stack() != 0
+        or peek_interpreter_stack() is not None  # functorch
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True)
+        or _get_tracing_state() is not None  # torch.jit.trace
+    ):
+        return False
+    cuda = tensors[0].is_cuda
+    for x in tensors:
+        if type(x) not in _PLAIN or x.is_cuda is not cuda or not (cuda or x.is_cpu) or x.is_neg():  # yet to be negated
+            return False
+    return True
 
 
-def _plain(a: Tensor, b: Tensor, c: Tensor) -> bool:
-    """The same of tensors that may be on any device, even meta."""
-    return (
-        type(a) in _PLAIN
-        and type(b) in _PLAIN
-        and type(c) in _PLAIN
-        and not (a.is_neg() or b.is_neg() or c.is_neg())  # views yet to be negated
-        and _len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None  # functorch
-        and not _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True)
-        and _get_tracing_state() is None  # torch.jit.trace
-    )
-
-
-def _differentiable(a: Tensor, b: Tensor, c: Tensor) -> bool:
-    if is_grad_enabled() and (a.requires_grad or b.requires_grad or c.requires_grad):
-        return True
+def _differentiable(*tensors: Tensor) -> bool:
+    if is_grad_enabled():
+        for x in tensors:
+            if x.requires_grad:
+                return True
     return forward_ad._current_level >= 0  # forward mode, which the Functions refuse and the operators would ignore
 
 
@@ -304,10 +296,10 @@ def _backward(
         options = options._replace(deterministic=True)
     problem = _problem(q, k, v, call, options)
     extras = _extras(problem, call)
-    bp = core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
+    bp = _backward_problem(problem, dout, out, lse)
     if bp.dout_strides[-1] != 1:  # expanded, as by out.sum(): a copy costs less than loads of one element at a time
         dout = dout.contiguous()
-        bp = core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
+        bp = _backward_problem(problem, dout, out, lse)
     dq, dk, dv = q.new_empty(bp.dq_shape), k.new_empty(bp.dk_shape), v.new_empty(bp.dv_shape)
     if problem.device < 0:
         host.backward(bp, *(_array(x) for x in (dout, q, k, v, out, lse, dq, dk, dv)), **extras)
@@ -320,6 +312,11 @@ def _backward(
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> Problem:
+    if call.cu_seqlens_q is None and call.alibi_slopes is None:
+        try:
+            return _dense(_key(q), _key(k), _key(v), options)[0]
+        except (AttributeError, TypeError, ValueError):  # what is wrong will be named on the way below
+            pass
     views = _view("q", q), _view("k", k), _view("v", v)
     slopes = None if call.alibi_slopes is None else _view("alibi_slopes", call.alibi_slopes)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
@@ -328,30 +325,41 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> 
     return core.varlen(*views, *offsets, call.max_seqlen_q, call.max_seqlen_k, slopes, options)
 
 
-@lru_cache(maxsize=4096)
-def _dense(
-    q_shape: torch.Size, q_strides: tuple[int, ...], q_dtype: torch.dtype, q_device: int, q_ptr: int,
-    k_shape: torch.Size, k_strides: tuple[int, ...], k_dtype: torch.dtype, k_device: int, k_ptr: int,
-    v_shape: torch.Size, v_strides: tuple[int, ...], v_dtype: torch.dtype, v_device: int, v_ptr: int,
-    options: Options,
-) -> tuple[Problem, tuple[int, ...]]:  # fmt: skip
-    """`problem.dense` without slopes, by what a tensor gives at once: no View is made for the look-up.
+def _backward_problem(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> BackwardProblem:
+    try:
+        return _cached_backward(problem, _key(dout), _key(out), _key(lse))
+    except (AttributeError, TypeError, ValueError):
+        return core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
 
-    The output's strides beside it.
-    """
-    problem = core.dense(
-        View(q_ptr, tuple(q_shape), q_strides, _DTYPES[q_dtype], q_device),
-        View(k_ptr, tuple(k_shape), k_strides, _DTYPES[k_dtype], k_device),
-        View(v_ptr, tuple(v_shape), v_strides, _DTYPES[v_dtype], v_device),
-        None,
-        options,
-    )
+
+# `anyattn.problem` has caches too, but the Views that key them take longer to build than all the rest of a look-up.
+
+_Key = tuple[torch.Size, tuple[int, ...], torch.dtype, int, int]
+
+
+def _key(x: Tensor) -> _Key:
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
+
+
+def _from_key(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, device: int, ptr: int) -> View:
+    return View(ptr, tuple(shape), strides, _DTYPES[dtype], device)
+
+
+@lru_cache(maxsize=4096)
+def _dense(q: _Key, k: _Key, v: _Key, options: Options) -> tuple[Problem, tuple[int, ...]]:
+    """The problem of a dense call without slopes, and the output's strides."""
+    problem = core.dense(_from_key(*q), _from_key(*k), _from_key(*v), None, options)
     return problem, core.row_major(problem.out_shape)
+
+
+@lru_cache(maxsize=4096)
+def _cached_backward(problem: Problem, dout: _Key, out: _Key, lse: _Key) -> BackwardProblem:
+    return core.backward(problem, _from_key(*dout), _from_key(*out), _from_key(*lse))
 
 
 def _view(name: str, x: Tensor) -> View:
     core.check_array(name, x, Tensor)
-    return View(x.data_ptr(), tuple(x.shape), x.stride(), _DTYPES[x.dtype], x.get_device())
+    return _from_key(*_key(x))
 
 
 def _array(x: Tensor) -> npt.NDArray[Any]:
@@ -362,11 +370,14 @@ def _array(x: Tensor) -> npt.NDArray[Any]:
 
 def _extras(problem: Problem, call: _Call) -> dict[str, Any]:
     """The keyword arguments of `anyattn.host` or `anyattn.launch`."""
-    tensors = {"alibi": call.alibi_slopes, "cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
-    seed = 0 if call.seed is None else int(call.seed) % 2**64
     if problem.device >= 0:
         if call.backend == "cpu":
             raise ValueError(f"backend='cpu' needs tensors in host memory, got q on cuda:{problem.device}")
+        if call.alibi_slopes is None and call.seed is None and call.cu_seqlens_q is None:
+            return {}
+    tensors = {"alibi": call.alibi_slopes, "cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+    seed = 0 if call.seed is None else int(call.seed) % 2**64
+    if problem.device >= 0:
         return {"seed": seed, **{name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}}
     arrays = {name: None if x is None else _array(x) for name, x in tensors.items()}
     if arrays["cu_seqlens_q"] is not None and arrays["cu_seqlens_k"] is not None:
@@ -406,7 +417,21 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError("anyattn.attention has first derivatives only: its gradients can't be differentiated")
 
 
+class _EagerAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, call)
+        _save(ctx, q, k, v, call, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+        return *_differentiate(ctx, dout), None
+
+
 class _Attention(torch.autograd.Function):
+    """The same in the form that functorch's transformations ask for, which takes longer to call."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -429,7 +454,7 @@ class _Gradients(torch.autograd.Function):
     def forward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if _eager(q, k, v) and _eager(dout, out, lse):
+        if _eager(q, k, v, dout, out, lse):
             return _backward(dout, q, k, v, out, lse, call)
         return _backward_operator(dout, q, k, v, out, lse, *_flat(call))
 
@@ -445,7 +470,7 @@ class _Gradients(torch.autograd.Function):
 _apply_transformed: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply
 _apply_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Gradients.apply
 # Function.apply without the 20 us that it spends on the signature of forward and on functorch.
-_apply_eagerly: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Attention).apply
+_apply_eagerly: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _EagerAttention).apply
 
 
 # ------------------------------------------------------------------------------------------------ operators

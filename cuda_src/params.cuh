@@ -9,7 +9,7 @@ struct Strides {  // in elements
 struct Params {
   const void *q, *k, *v, *dout;
   void *out, *lse, *dq, *dk, *dv;
-  void *dq_accum, *delta;  // workspace of the backward pass
+  void *dq_accum, *delta;  // workspace of the backward pass; delta may lie in dq
   int* tickets;            // counters: of tiles taken (null: by turns), of additions to each block of rows (backward)
   const float* alibi_slopes;
   const int *cu_seqlens_q, *cu_seqlens_k;  // varlen only

@@ -68,6 +68,15 @@ def test_backward_workspace_is_linear(dtype: str, head_dim: int) -> None:
     assert (small.workspace_bytes - counter) * 2 == large.workspace_bytes - counter
 
 
+def test_delta_lies_in_dq() -> None:
+    """It takes no memory of its own, but where dq is too small: short rows, or few on Hopper, which pads them."""
+    for head_dim, seqlen, apart in ((1, 300, True), (2, 300, False), (64, 1, True), (64, 300, False), (256, 64, False)):
+        chosen = plan.backward(gradients(problem(head_dim=head_dim, seqlen=seqlen)), HOPPER)
+        assert (chosen.delta_bytes > 0) == apart
+    chosen = plan.backward(gradients(problem(head_dim=128, seqlen=8192)), HOPPER)
+    assert chosen.workspace_bytes == chosen.dq_accum_bytes + chosen.ticket_bytes
+
+
 def test_wide_hopper_backward() -> None:
     """Above 128 columns a block of keys takes two thread blocks: one for dK and dQ, one for dV."""
     for head_dim in (136, 160, 192, 200, 256):
