@@ -170,8 +170,11 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         raise UnsupportedError("they need dout and out at multiples of 16 bytes, row by row, with contiguous columns")
     if reason := tensormap.refusal(bp.dout_strides, problem.total_q or problem.seqlen_q, problem.itemsize):
         raise UnsupportedError(f"they load through tensor maps, but dout {reason}")
-    wide = max(problem.head_dim, problem.head_dim_v) > 128
-    name = "backward_wide_sm90" if wide else "backward_sm90"
+    widest = max(problem.head_dim, problem.head_dim_v)
+    # Dropout and softcap keep more between the products.
+    wide, roomy = widest > 128, problem.dropout > 0 or problem.softcap > 0
+    in_turn = widest <= 64 and not roomy
+    name = "backward_wide_sm90" if wide else "backward_narrow_sm90" if in_turn else "backward_sm90"
     tile = _tile(name, problem, device, _backward_wide_sm90_shared if wide else _backward_sm90_shared)
     key_blocks = _blocks(problem.seqlen_k, tile["BLOCK_N"])
     tiles = key_blocks * problem.heads_kv * problem.batch
@@ -180,8 +183,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
     gradients = [_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v)]
     if wide:  # panel by panel
         gradients = [width for columns in gradients for width in (64, columns % 64) if width]
-    # Dropout and softcap keep more between the products.
-    producer_registers, consumer_registers = (24, 240) if wide or problem.dropout or problem.softcap else (40, 232)
+    producer_registers, consumer_registers = (24, 240) if wide or roomy else (40, 232)
     constants = {
         **_problem_constants(problem, bp.align),
         **_tile_constants(tile),
@@ -199,8 +201,8 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         2 * tiles if wide else min(tiles, device.multiprocessors),
         128 * (1 + tile["WARPS"] // 4),
         columns,
-        # Each warp's turn to add; or each consumer's, whether or not in order, behind a counter of tiles.
-        tickets=tile["WARPS"] * problem.deterministic if wide else tile["WARPS"] // 4,
+        # Each warp's turn to add; or each slice's, whether or not in order, behind a counter of tiles.
+        tickets=tile["WARPS"] * problem.deterministic if wide else tile["Q"][1],
         counters=0 if wide else 1,
         products=wgmma.functions(problem.dtype, (tile["BLOCK_M"], columns // tile["Q"][1], *gradients)),
     )
@@ -222,8 +224,8 @@ def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
         _padded(problem.head_dim_v, 64),
     )
     m, n, stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"]
-    elements = (n + stages * m) * (d + dv) + 2 * m * n
-    dq = 2 * m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
+    elements = (n + stages * m) * (d + dv) + 4 // tile["Q"][1] * m * n  # two of dS, for each consumer if in turn
+    dq = 4 // tile["Q"][1] * m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
     return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 32 + 16 * (2 + 2 * stages + 4))
 
 
@@ -363,6 +365,7 @@ def default_specs(arch: str) -> list[Spec]:
         ("forward_sm90", _forward_sm90_shared, _forward_sm90),
         ("forward_sm80", _forward_shared, _forward_sm80),
         ("backward_sm90", _backward_sm90_shared, _backward_sm90),
+        ("backward_narrow_sm90", _backward_sm90_shared, _backward_sm90),
         ("backward_wide_sm90", _backward_wide_sm90_shared, _backward_sm90),
         ("backward_sm80", _backward_shared, _backward_sm80),
     ):
@@ -412,7 +415,6 @@ def _tile(kernel: str, problem: Problem, device: Device, shared: Any) -> dict[st
             head_dim <= tile["head_dim"]
             and tile.get("arch", device.arch) == device.arch
             and tile.get("seqlen_q", 0) <= problem.seqlen_q
-            and not (tile.get("plain") and (problem.dropout or problem.softcap))
         ):
             needed = shared(tile, problem)
             if needed <= device.shared_bytes:

@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
         const Accum lse = static_cast<const Accum*>(p.lse)[sequence.lse_offset(p, head) + row * p.lse_row];
         sums.lse[row - block_m * BLOCK_M] =
             lse == minus_infinity<Accum>() ? -minus_infinity<Accum>() : lse * static_cast<Accum>(LOG2E);
-        sums.delta[row - block_m * BLOCK_M] = sum;
+        sums.minus_delta[row - block_m * BLOCK_M] = -sum;
       } else {
         delta[row] = sum;
       }
@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) backward_delta(const __
   }
   if constexpr (ROW_SUMS)
     for (int i = end - block_m * BLOCK_M + threadIdx.x; i < BLOCK_M; i += 32 * WARPS)
-      sums.lse[i] = -minus_infinity<Accum>(), sums.delta[i] = 0;
+      sums.lse[i] = -minus_infinity<Accum>(), sums.minus_delta[i] = 0;
 
   const Band::Blocks keys = Band(p, sequence).key_blocks(block_m * BLOCK_M, BLOCK_M, BLOCK_N);
   if (SET_BY_FIRST && keys.begin < keys.end) return;

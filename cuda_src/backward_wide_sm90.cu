@@ -228,11 +228,11 @@ struct Consumer : Context<PART> {
         dout_ring(shared.dout_stages()),
         sums_ring(shared.sums_stages()) {}
 
-  // Of this lane's first entry of S^T, and where that row's LSE is; its delta lies BLOCK_M floats behind.
+  // Of this lane's first entry of S^T, and where that row's LSE is; its -delta lies BLOCK_M floats behind.
   __device__ __forceinline__ int row0(const Step& step) const { return step.block * BLOCK_M + lane % 4 * 2; }
   __device__ __forceinline__ int key0() const { return first_key + lane / 4; }
   __device__ __forceinline__ unsigned lse_smem() const { return shared.sums(sums_ring.stage) + lane % 4 * 8; }
-  __device__ __forceinline__ unsigned delta_smem() const { return lse_smem() + BLOCK_M * 4; }
+  __device__ __forceinline__ unsigned minus_delta_smem() const { return lse_smem() + BLOCK_M * 4; }
 
   __device__ __forceinline__ bool masked(const Step& step) const {
     const int first_row = step.block * BLOCK_M, last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
@@ -365,7 +365,7 @@ struct ConsumerDk : Consumer<Part::DK> {
       const Dropped<N> dropped(Dropout(p, work.batch, step.head), row0(step), key0());
       const bool hides = masked(step);
 
-      float lse[N][2], delta[N][2];
+      float lse[N][2], minus_delta[N][2];
       sums_ring.wait();
       load_row_sums(lse, lse_smem());
       wgmma_wait<1>();
@@ -378,8 +378,8 @@ struct ConsumerDk : Consumer<Part::DK> {
       wgmma_wait<0>();
       pin(ds[0]);
       release<DOUT_PANELS>(dout_ring);
-      load_row_sums(delta, delta_smem());
-      differentiate(ds[0], s[0], lse, delta, dropped, step);
+      load_row_sums(minus_delta, minus_delta_smem());
+      differentiate(ds[0], s[0], lse, minus_delta, dropped, step);
       sums_ring.release();
       if (hides) band.mask_transposed(ds[0], row0(step), key0(), 0.f);
       pack_transposed(ds_words, ds[0]);
@@ -411,7 +411,7 @@ struct ConsumerDk : Consumer<Part::DK> {
   // ds, which is dP, becomes dS = P * (dropout(dP) - delta) * score'(S); s is P, or S where its derivative is wanted:
   // there are no registers for both.
   __device__ __forceinline__ void differentiate(float (&ds)[N][4], float (&s)[N][4], const float (&lse)[N][2],
-                                                const float (&delta)[N][2], const Dropped<N>& dropped,
+                                                const float (&minus_delta)[N][2], const Dropped<N>& dropped,
                                                 const Step& step) const {
     float derivative[4];
     const float keep_scale = static_cast<float>(p.keep_scale);
@@ -428,7 +428,7 @@ struct ConsumerDk : Consumer<Part::DK> {
       for (int c = 0; c < 4; ++c) {
         float x = ds[n][c];
         if constexpr (DROPOUT) x = dropped.at(n, c) ? 0 : x * keep_scale;
-        ds[n][c] = s[n][c] * (x - delta[n][c % 2]);
+        ds[n][c] = s[n][c] * (x + minus_delta[n][c % 2]);
         if constexpr (SOFTCAP) ds[n][c] *= derivative[c];
       }
     }
@@ -513,10 +513,10 @@ struct ConsumerDv : Consumer<Part::DV> {
     bool spoilt = false;
     if (masked(step)) {
       band.mask_transposed(s, row0(step), key0(), 0.f);
-      float delta[N][2];
-      load_row_sums(delta, delta_smem());
+      float minus_delta[N][2];
+      load_row_sums(minus_delta, minus_delta_smem());
 #pragma unroll
-      for (int n = 0; n < N; ++n) spoilt |= !is_finite(delta[n][0] + delta[n][1]);
+      for (int n = 0; n < N; ++n) spoilt |= !is_finite(minus_delta[n][0] + minus_delta[n][1]);
       spoilt = __any_sync(~0u, spoilt);  // all warps look at all rows
     }
     sums_ring.release();

@@ -53,11 +53,12 @@ struct DqAccum {
   }
 };
 
-// LSE and delta of a block of rows side by side, as backward_sm90.cu takes them: LSE in powers of two, +inf for rows
+// LSE and -delta of a block of rows side by side, as the Hopper kernels take them: LSE in powers of two, +inf for rows
 // that see nothing or are not there, so that their P is 0.
 struct RowSums {
-  Accum *lse, *delta;  // [BLOCK_M]
+  Accum *lse, *minus_delta;  // [BLOCK_M]
 
   __device__ __forceinline__ RowSums(const Params& p, const Sequence& s, int head, int block_m)
-      : lse(static_cast<Accum*>(p.delta) + DqAccum(p, s, head, block_m).block * (2 * BLOCK_M)), delta(lse + BLOCK_M) {}
+      : lse(static_cast<Accum*>(p.delta) + DqAccum(p, s, head, block_m).block * (2 * BLOCK_M)),
+        minus_delta(lse + BLOCK_M) {}
 };

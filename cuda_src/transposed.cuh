@@ -36,11 +36,21 @@ __device__ __forceinline__ void apply_transposed(float (&s)[N][4], const Score<f
   }
 }
 
-// LSE or delta of a lane's rows, where `sums` is the address of row0's.
+// LSE or -delta of a lane's rows, where `sums` is the address of row0's.
 template <int N>
 __device__ __forceinline__ void load_row_sums(float (&x)[N][2], unsigned sums) {
 #pragma unroll
   for (int n = 0; n < N; ++n) load_shared_pair(x[n][0], x[n][1], sums + n * 32);
+}
+
+// The same as what a product of [keys, rows] starts from.
+template <int N>
+__device__ __forceinline__ void load_row_sums(float (&x)[N][4], unsigned sums) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    load_shared_pair(x[n][0], x[n][1], sums + n * 32);
+    x[n][2] = x[n][0], x[n][3] = x[n][1];
+  }
 }
 
 // S -> P.

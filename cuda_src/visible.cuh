@@ -2,6 +2,7 @@
 // NaN.
 #pragma once
 #include "band.cuh"
+#include "ptx/memory.cuh"
 #include "tile.cuh"
 
 // Whether a product A B had a NaN or inf in A or B: it spoils a row or a column, so one of each tells.
@@ -13,6 +14,33 @@ __device__ __forceinline__ bool any_non_finite(const Accum (&x)[M][N][4]) {
 #pragma unroll
   for (int i = 1; i < 2 * M; ++i) zero += x[i / 2][0][i % 2 * 2] * 0;
   return zero != 0;
+}
+
+// sum + 0 * word for each of the two elements: NaN from NaN or inf on.
+__device__ __forceinline__ unsigned add_zeros(unsigned word, unsigned sum, float16) {
+  unsigned y;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(word), "r"(0), "r"(sum));
+  return y;
+}
+__device__ __forceinline__ unsigned add_zeros(unsigned word, unsigned sum, bfloat16) {
+  unsigned y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(word), "r"(0), "r"(sum));
+  return y;
+}
+
+// Whether a tile has a NaN or inf, in what each of THREADS threads looks at; all of them together see all.
+template <int THREADS, class T>
+__device__ __forceinline__ bool any_non_finite(const T& tile) {
+  unsigned zeros = 0;
+#pragma unroll
+  for (int i = 0; i < T::BYTES / 16 / THREADS; ++i) {
+    const int4 x = load_shared(tile.base + (i * THREADS + threadIdx.x % THREADS) * 16);
+    zeros = add_zeros(x.x, zeros, typename T::Element{});
+    zeros = add_zeros(x.y, zeros, typename T::Element{});
+    zeros = add_zeros(x.z, zeros, typename T::Element{});
+    zeros = add_zeros(x.w, zeros, typename T::Element{});
+  }
+  return zeros & 0x7fff7fff;
 }
 
 // acc += A B for A = P or dS [rows, keys], or their transpose, without the entries of A that are hidden.

@@ -143,7 +143,7 @@ FAULTS = [
     Fault("divergence", "__syncwarp();\n    if", "if (threadIdx.x % 2) __syncwarp();\n    if", "deadlock|diverge"),
     Fault("uninitialised", "shared.v_stages().init(4 * CONSUMERS);", "", "not initialised"),
     Fault("no_wait_for_a_load", "    k_ring.wait();\n    pin", "    pin", "into which a load is on its way", LATE),
-    Fault("no_wait_for_scores", "wgmma_wait<1>();\n          finish", "finish", "before it was waited for"),
+    Fault("no_wait_for_scores", "wgmma_wait<1>();\n          finish_", "finish_", "before it was waited for"),
     Fault("no_wait_for_products", "wgmma_wait<0>();\n    pin(o[0]);", "pin(o[0]);", "before it was waited for"),
     Fault("no_register_fence", "    pin(probs);\n    wgmma_fence();", "    pin(probs);", "without a wgmma.fence"),
     Fault("no_proxy_fence", "fence_async_shared();  // before Q comes here again", "", "without fence.proxy.async"),

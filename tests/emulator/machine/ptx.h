@@ -56,6 +56,19 @@ inline void cvt_rn_f16x2_f32(unsigned& d, float high, float low) { d = half(high
 inline void cvt_rn_bf16x2_f32(unsigned& d, float high, float low) {
   d = bfloat16_bits(high) << 16 | bfloat16_bits(low);
 }
+inline void fma_rn_f16x2(unsigned& d, unsigned a, unsigned b, unsigned c) {
+  const auto f = [](unsigned x, unsigned y, unsigned z) {
+    return half(float_of_half(x & 0xffff) * float_of_half(y & 0xffff) + float_of_half(z & 0xffff));
+  };
+  d = f(a >> 16, b >> 16, c >> 16) << 16 | f(a, b, c);
+}
+inline void fma_rn_bf16x2(unsigned& d, unsigned a, unsigned b, unsigned c) {
+  const auto f = [](unsigned x, unsigned y, unsigned z) {
+    return bfloat16_bits(
+        fmaf(float_of_bfloat16(x & 0xffff), float_of_bfloat16(y & 0xffff), float_of_bfloat16(z & 0xffff)));
+  };
+  d = f(a >> 16, b >> 16, c >> 16) << 16 | f(a, b, c);
+}
 inline void cvt_f32_f16(float& d, unsigned short x) { d = float_of_half(x); }
 
 // --- shared memory
