@@ -61,7 +61,8 @@ class _Prepared:
     """A plan whose kernels are loaded: what is left to do for a call is to fill in the pointers."""
 
     plan: Plan
-    launches: tuple[tuple[Any, int, int, int], ...]  # function, blocks, threads of a block, bytes of shared memory
+    launches: tuple[tuple[int, int, int, int], ...]  # CUfunction, blocks, threads of a block, bytes of shared memory
+    ticket_bytes: int
     arguments: _Arguments
     maps: tuple[Callable[[tuple[int, ...]], bytes], ...]  # from the pointers, the tensor maps behind Params
     device: int
@@ -91,7 +92,7 @@ def forward(
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)
-    tickets = workspace if prepared.plan.ticket_bytes else 0  # null: tiles by turns
+    tickets = workspace if prepared.ticket_bytes else 0  # null: tiles by turns
     pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, pointers, stream)
 
@@ -111,11 +112,18 @@ def backward(
     _launch(prepared, (*pointers, seed), stream)
 
 
+@functools.lru_cache(maxsize=4096)
 def workspace_bytes(call: Problem | BackwardProblem) -> int:
     """Device memory, in bytes, that forward() or backward() needs besides its arguments."""
     if isinstance(call, Problem):
         return plan.forward(call, device(call.device)).workspace_bytes
     return plan.backward(call, device(call.problem.device)).workspace_bytes
+
+
+def forget_plans() -> None:
+    """Plan each call anew: the tiles, or the environment, have changed."""
+    for cache in (plan.forward, plan.backward, workspace_bytes, _prepare_forward, _prepare_backward):
+        cache.cache_clear()
 
 
 @functools.cache
@@ -204,7 +212,7 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
         info_once(f"not the {family} kernels: {reason}")
     launches = tuple(
         (
-            _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device),
+            _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device).ptr,
             kernel.grid,
             kernel.threads,
             kernel.shared_bytes,
@@ -216,7 +224,7 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
     if chosen.boxes:
         constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS.size, b"\0")
         maps = tuple(_map(problem, name, params, dict(chosen.boxes).get(name)) for name in _MAPS)
-    return _Prepared(chosen, launches, _Arguments(constants), maps, problem.device)
+    return _Prepared(chosen, launches, chosen.ticket_bytes, _Arguments(constants), maps, problem.device)
 
 
 def _map(
@@ -258,20 +266,20 @@ def _cuda() -> Any:
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
     cuda, arguments = _cuda(), prepared.arguments
     _POINTERS.pack_into(arguments.params, 0, *pointers)
-    if prepared.maps and arguments.mapped != pointers[: len(_MAPS)]:
+    if prepared.maps and arguments.mapped != (mapped := pointers[: len(_MAPS)]):
         arguments.params[_MAPS_START:] = b"".join([make(pointers) for make in prepared.maps])
-        arguments.mapped = pointers[: len(_MAPS)]
+        arguments.mapped = mapped
     current = cuda.runtime.getDevice()
     if current != prepared.device or not arguments.used:  # to a new thread it also gives the device's context
         cuda.runtime.setDevice(prepared.device)
         arguments.used = True
     try:
-        if prepared.plan.ticket_bytes:
-            cuda.runtime.memsetAsync(pointers[_TICKETS], 0, prepared.plan.ticket_bytes, stream)
+        if prepared.ticket_bytes:
+            cuda.runtime.memsetAsync(pointers[_TICKETS], 0, prepared.ticket_bytes, stream)
         for function, blocks, threads, shared_bytes in prepared.launches:
             # The driver's own function: a Function would take as long again to look at what it is given.
             cuda.driver.launchKernel(
-                function.ptr, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.kernel_params, 0
+                function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.kernel_params, 0
             )
     finally:
         if current != prepared.device:

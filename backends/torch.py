@@ -216,7 +216,9 @@ def _eager(*tensors: Tensor) -> bool:
         return False
     cuda = tensors[0].is_cuda
     for x in tensors:
-        if type(x) not in _PLAIN or x.is_cuda is not cuda or not (cuda or x.is_cpu) or x.is_neg():  # yet to be negated
+        if type(x) not in _PLAIN or x.is_cuda is not cuda or not (cuda or x.is_cpu):
+            return False
+        if x.dtype is not torch.bfloat16 and x.is_neg():  # the imaginary part of a conjugate, yet to be negated
             return False
     return True
 

@@ -97,16 +97,13 @@ class Job:
         kernel, group, index = self.tile
         table = plan._tiles()
         table = {**table, kernel: {group: [table[kernel][group][index]]}}
-        caches = (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward)
         family = {"ANYATTN_KERNEL": kernel.rpartition("_")[2]}
         with mock.patch.object(plan, "_tiles", return_value=table), mock.patch.dict(os.environ, family):
-            for cache in caches:
-                cache.cache_clear()
+            launch.forget_plans()
             try:
                 yield
             finally:
-                for cache in caches:
-                    cache.cache_clear()
+                launch.forget_plans()
 
 
 def arrays(inputs: Inputs) -> dict[str, Array]:

@@ -186,8 +186,9 @@ FIRST = Job(Case("first_call", 1, 2, 2, seqlen_q=65, seqlen_k=65, head_dim=72, h
 def test_first_call_of_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both compile, load and launch the same kernels at once, on an empty cache."""
     monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path))
-    for cache in (compiler.cubin, launch._prepare_forward, launch._prepare_backward, launch._function):
-        cache.cache_clear()
+    launch.forget_plans()
+    compiler.cubin.cache_clear()
+    launch._function.cache_clear()
     inputs, start = FIRST.inputs(), threading.Barrier(2)
 
     def thread(_: int) -> Results:
@@ -216,10 +217,10 @@ def test_the_current_device_comes_back(current: int, fails: bool, monkeypatch: p
     monkeypatch.setattr(launch, "_cuda", lambda: types.SimpleNamespace(runtime=runtime, driver=driver))
     prepared = types.SimpleNamespace(
         device=1,
-        plan=types.SimpleNamespace(ticket_bytes=0),
+        ticket_bytes=0,
         arguments=launch._Arguments(b""),
         maps=(),
-        launches=((types.SimpleNamespace(ptr=0), 1, 32, 0),),
+        launches=((0, 1, 32, 0),),
     )
     try:
         launch._launch(prepared, (0,) * len(launch.POINTERS), 0)  # type: ignore[arg-type]

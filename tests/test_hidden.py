@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyattn import launch, plan, reference
+from anyattn import launch, reference
 from tests.cases import DTYPES, Array, Case, Inputs, Results, expected, make, tolerances
 from tests.device import Call, Job
 from tests.test_cpu import run
@@ -106,12 +106,9 @@ GPU = [(job, "") for job in JOBS] + [(job, "sm80") for job in JOBS if job.dtype 
 
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
-    caches = (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward)
-    for cache in caches:
-        cache.cache_clear()
+    launch.forget_plans()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    launch.forget_plans()
 
 
 @pytest.mark.gpu

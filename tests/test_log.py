@@ -56,7 +56,7 @@ def test_first_use_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
         def __exit__(self, *error: object) -> None:
             pass
 
-    module = SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=name))
+    module = SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=SimpleNamespace(ptr=0)))
     fake = SimpleNamespace(cuda=SimpleNamespace(Device=Context), RawModule=lambda path: module)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(compiler, "cubin", lambda spec: Cubin("/cache/x.cubin", "", 0.0))

@@ -150,17 +150,12 @@ def using(table: Table) -> Iterator[None]:
     """Let calls be planned from this table, as if $ANYATTN_TILES named it. Not beside other threads."""
     real = plan._tiles
     vars(plan)["_tiles"] = lambda: table
-    _forget()
+    launch.forget_plans()
     try:
         yield
     finally:
         vars(plan)["_tiles"] = real
-        _forget()
-
-
-def _forget() -> None:
-    for cache in (plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward):
-        cache.cache_clear()
+        launch.forget_plans()
 
 
 def planned(cell: Cell, device: Device) -> Plan:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anyattn import compile as compiler
-from anyattn import launch, plan, tensormap
+from anyattn import launch, tensormap
 from anyattn.compile import Cubin, Spec
 from anyattn.plan import Device
 from tests import device as device_tests
@@ -64,7 +64,6 @@ def emulated(
     def library(spec: Spec) -> Cubin:
         return Cubin(str(build.kernel(spec, sources)), "", 0.0)
 
-    caches = (*(plan.forward, plan.backward, launch._prepare_forward, launch._prepare_backward, tensormap.encode),)
     with contextlib.ExitStack() as stack:
         for target, name, substitute in (
             (launch, "device", lambda ordinal: device),
@@ -77,9 +76,9 @@ def emulated(
             stack.enter_context(mock.patch.object(target, name, substitute))
         if family:
             stack.enter_context(mock.patch.dict(os.environ, {"ANYATTN_KERNEL": family}))
-        for cache in caches:
-            cache.cache_clear()
-            stack.callback(cache.cache_clear)
+        for forget in (launch.forget_plans, tensormap.encode.cache_clear):
+            forget()
+            stack.callback(forget)
         yield
 
 
