@@ -39,9 +39,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
   Ring<2> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
 
   for (unsigned phase = 0;; phase ^= 1) {
-    shared.work_stages().full(0).wait(phase);
-    const Work work = Work::read(p, shared.work());
-    shared.work_stages().release(0);
+    const Work work = hear(p, shared.work(), shared.work_stages(), phase);
     if (!work.valid()) break;
     const Sequence& sequence = work.sequence;
     const Band band(p, sequence);

@@ -87,6 +87,35 @@ __device__ __forceinline__ double exp2_fast(double x) {
   return fma(y, r, 1.0) * __hiloint2double((n + 1023) << 20, 0);
 }
 
+// The same, where all lanes of a warp call it together.  For doubles 2^(n / 32) 2^r: each lane holds one of the powers
+// 2^(i / 32) for all, which leaves a polynomial half as long.
+template <class Accum>
+struct WarpExp2 {
+  __device__ __forceinline__ float operator()(float x) const { return exp2_fast(x); }
+};
+template <>
+struct WarpExp2<double> {
+  double power = exp2_fast(threadIdx.x % 32 / 32.0);
+
+  __device__ __forceinline__ double operator()(double x) const {
+    constexpr double ROUND = 0x1.8p47;  // x + ROUND is rounded to a multiple of 1/32
+    // (2^r - 1) / r, interpolated at the 5 Chebyshev nodes of [-1/64, 1/64]
+    constexpr double C[] = {0x1.62e42fefa39efp-1, 0x1.ebfbdff8131c3p-3, 0x1.c6b08d70400d0p-5, 0x1.3b2b1bee88b09p-7,
+                            0x1.5d884e708e6aap-10};
+    // Below -1022 as -1023, by the high words as integers; NaN stays.
+    const unsigned high = __double2hiint(x), least = 0xc08ff000;
+    x = __hiloint2double(high - least <= 0xfff00000 - least ? 0xc08ff800 : high, __double2loint(x));
+    const double rounded = x + ROUND, r = x - (rounded - ROUND);
+    const int n = __double2loint(rounded);
+    const int to = __shfl_sync(~0u, __double2hiint(power), n) + ((n >> 5) << 20);
+    const double scale = __hiloint2double(to, __shfl_sync(~0u, __double2loint(power), n));
+    double y = C[4];
+#pragma unroll
+    for (int i = 3; i >= 0; --i) y = fma(y, r, C[i]);
+    return fma(scale * r, y, scale);
+  }
+};
+
 // Likewise one instruction each, for results that end in 16 bits: log2(x) and 1 / x.
 __device__ __forceinline__ float log2_fast(float x) {
   float y;

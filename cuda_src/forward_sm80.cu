@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 
   const SharedOperand<Side::A, Major::K, WARP_ROWS, TileQ> q_operand(q_smem, warp * WARP_ROWS);
   const SharedOperand<Side::B, Major::K, BLOCK_N, TileK> k_operand(k_smem, 0);
-  const SharedOperand<Side::B, Major::MN, DV / V_PARTS, TileV> v_operand(v_smem, part * (DV / V_PARTS));
+  const SharedOperand<Side::B, Major::MN, DV / V_PARTS, TileV, true> v_operand(v_smem, part * (DV / V_PARTS));
 
   if (blocks.begin < blocks.end) {
     load_tile<COPY_BYTES, HEAD_DIM, THREADS>(q_smem, q, first_row);

@@ -246,12 +246,7 @@ struct Consumer {
   }
 
   // The next strip.
-  __device__ __forceinline__ Strip take() {
-    work_ring.wait();
-    const Work work = Work::read(p, shared.work());
-    work_ring.release();
-    return Strip(p, work, number);
-  }
+  __device__ __forceinline__ Strip take() { return Strip(p, hear(p, shared.work(), work_ring), number); }
 
   __device__ __forceinline__ void start_scores(float (&s)[1][N][4]) {
     const WarpgroupOperand<Major::K, TileQ> q({shared.slice(q_ring.stage, number)});
@@ -382,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {
-    shared.work_stages().init(4 * CONSUMERS + 1);
+    shared.work_stages().init(128 * CONSUMERS + 1);
     shared.q_stages().init(4 * CONSUMERS);
     shared.k_stages().init(4 * CONSUMERS);
     shared.v_stages().init(4 * CONSUMERS);

@@ -1,9 +1,10 @@
 // Products of tiles by one warp: acc += A B, operands in shared memory or, for A, in the accumulators of an earlier
 // product.
 //
-// Wide elements (float, double) permute the depth: words 2t and 2t + 1 of a step take the places t and t + 4 of the
+// Wide elements (float, double) may permute the depth: words 2t and 2t + 1 of a step take the places t and t + 4 of the
 // fragment (both operands alike, so the sum is the same).  Then a lane's accumulators are its A fragment as they
-// stand, and the words that it reads along a row are neighbours.
+// stand, and the words that it reads along a row are neighbours: one load.  For doubles that is worth it only beside
+// accumulators, since from one load they'd have to be moved to their places in A's fragment.
 #pragma once
 #include "ptx/mma.cuh"
 #include "tile.cuh"
@@ -46,8 +47,18 @@ __device__ __forceinline__ void mma(Accum (&d0)[4], Accum (&d1)[4], const Words 
   mma_m16n8(d1, a, b[2], b[3], E{});
 }
 
+// Two steps at once.
+template <class E>
+__device__ __forceinline__ void mma(double (&d0)[4], double (&d1)[4], const Fragment<E> (&a)[2],
+                                    const Fragment<E> (&b)[2]) {
+  const auto &first = b[0].w, &second = b[1].w;
+  mma_m16n8(d0, a[0].w, a[1].w, {first[0], first[1], second[0], second[1]});
+  mma_m16n8(d1, a[0].w, a[1].w, {first[2], first[3], second[2], second[3]});
+}
+
 // An operand in shared memory.  Along the result it starts at `start` (a multiple of 16) and is EXTENT elements long.
-template <Side SIDE, Major MAJOR, int EXTENT, class T>
+// PAIRED: its depth is permuted.
+template <Side SIDE, Major MAJOR, int EXTENT, class T, bool PAIRED = sizeof(typename T::Element) == 4>
 struct SharedOperand {
   using E = typename T::Element;
   static constexpr int K_STEP = Traits<E>::K_STEP;
@@ -56,7 +67,7 @@ struct SharedOperand {
   // lane's address.
   static constexpr bool FOLD = MAJOR == Major::K || T::PANEL % EXTENT_BYTES == 0 || EXTENT_BYTES % T::PANEL == 0;
 
-  unsigned lane_address, lane_address_odd;  // odd: the second of a pair of rows (wide elements, MN-major)
+  unsigned lane_address, lane_address_second;  // second: of two rows (wide elements, MN-major)
   int start_byte;
 
   __device__ __forceinline__ SharedOperand(const T& tile, int start) {
@@ -72,10 +83,10 @@ struct SharedOperand {
       const int chunk = tall ? lane / 16 : lane / 8 % 2;
       lane_address = tile.address(row0 + row, folded + chunk * 16);
     } else if constexpr (MAJOR == Major::K) {
-      lane_address = tile.address(row0 + g, 2 * t * int(sizeof(E)));
+      lane_address = tile.address(row0 + g, (PAIRED ? 2 * t : t) * int(sizeof(E)));
     } else {
-      lane_address = tile.address(2 * t, folded + g * int(sizeof(E)));
-      lane_address_odd = tile.address(2 * t + 1, folded + g * int(sizeof(E)));
+      lane_address = tile.address(PAIRED ? 2 * t : t, folded + g * int(sizeof(E)));
+      lane_address_second = tile.address(PAIRED ? 2 * t + 1 : t + 4, folded + g * int(sizeof(E)));
     }
   }
 
@@ -94,17 +105,21 @@ struct SharedOperand {
         load_matrices(w, at(lane_address, outer * 16, k * 32));
       else
         load_matrices_transposed(w, at(lane_address, k * 16, outer * 32));
-    } else if constexpr (MAJOR == Major::K) {
-      constexpr int SECOND = SIDE == Side::A ? 1 : 2, STEP = SIDE == Side::A ? 2 : 1;
-      load_shared_pair(w[0], w[STEP], at(lane_address, outer * 16, k * 8 * int(sizeof(E))));
-      load_shared_pair(w[SECOND], w[SECOND + STEP], at(lane_address, outer * 16 + 8, k * 8 * int(sizeof(E))));
     } else {
       constexpr int SECOND = SIDE == Side::A ? 1 : 2, STEP = SIDE == Side::A ? 2 : 1;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int byte = (outer * 16 + half * 8) * int(sizeof(E));
-        load_shared(w[half * SECOND], at(lane_address, k * 8, byte));
-        load_shared(w[half * SECOND + STEP], at(lane_address_odd, k * 8, byte));
+        auto &first = w[half * SECOND], &second = w[half * SECOND + STEP];
+        if constexpr (MAJOR == Major::MN) {
+          const int byte = (outer * 16 + half * 8) * int(sizeof(E));
+          load_shared(first, at(lane_address, k * 8, byte));
+          load_shared(second, at(lane_address_second, k * 8, byte));
+        } else if constexpr (PAIRED) {
+          load_shared_pair(first, second, at(lane_address, outer * 16 + half * 8, k * 8 * int(sizeof(E))));
+        } else {
+          load_shared(first, at(lane_address, outer * 16 + half * 8, k * 8 * int(sizeof(E))));
+          load_shared(second, at(lane_address, outer * 16 + half * 8, (k * 8 + 4) * int(sizeof(E))));
+        }
       }
     }
     return make_fragment<E>(w);
@@ -164,16 +179,24 @@ __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, c
       }
     }
   } else {
+    constexpr int STEPS = sizeof(E) == 8 ? 2 : 1;  // of one product
+    static_assert(K % STEPS == 0);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      Fragment<E> fragment_a[M];
+    for (int k = 0; k < K; k += STEPS) {
+      Fragment<E> fragment_a[M][STEPS], fragment_b[STEPS];
 #pragma unroll
-      for (int m = 0; m < M; ++m) fragment_a[m] = a.load(m, k);
+      for (int i = 0; i < STEPS * M; ++i) fragment_a[i / STEPS][i % STEPS] = a.load(i / STEPS, k + i % STEPS);
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
-        const Fragment<E> fragment_b = b.load(n / 2, k);
 #pragma unroll
-        for (int m = 0; m < M; ++m) mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m].w, fragment_b.w);
+        for (int i = 0; i < STEPS; ++i) fragment_b[i] = b.load(n / 2, k + i);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          if constexpr (STEPS == 2)
+            mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m], fragment_b);
+          else
+            mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m][0].w, fragment_b[0].w);
+        }
       }
     }
   }

@@ -63,7 +63,7 @@ struct SharedMemory {
 
   __device__ __forceinline__ void init() const {
     constexpr int READERS = IN_TURN ? WARPS / CONSUMERS : WARPS;  // of a block of rows
-    work_stages().init(WARPS + CONSUMERS + 1);
+    work_stages().init(32 * WARPS + CONSUMERS + 1);
     kv_stages().init(WARPS);
     q_stages().init(READERS);
     dout_stages().init(READERS);

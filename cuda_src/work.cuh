@@ -39,11 +39,16 @@ __device__ __forceinline__ Work take_and_tell(Tiles& tiles, unsigned address, Ri
   return work;
 }
 
-// What a single thread hears.
-__device__ __forceinline__ Work hear(const Params& p, unsigned address, Ring<1>& ring) {
-  ring.wait();
+// What a thread hears.  Each says so for itself: compute-sanitizer's racecheck does not see that a warp's lanes have
+// read before one of them says so for all.
+__device__ __forceinline__ Work hear(const Params& p, unsigned address, Stages<1> stages, unsigned phase) {
+  stages.full(0).wait(phase);
   const Work work = Work::read(p, address);
-  ring.stages.empty(0).arrive();
+  stages.empty(0).arrive();
+  return work;
+}
+__device__ __forceinline__ Work hear(const Params& p, unsigned address, Ring<1>& ring) {
+  const Work work = hear(p, address, ring.stages, ring.phase);
   ring.next();
   return work;
 }

@@ -1,7 +1,7 @@
 // Tensor-core products of one warp: D (16x8) += A (16xK) B (Kx8).  PTX ISA, "Warp Level Matrix Multiply-Accumulate".
 //
 // Lane = 4 g + t.  Every element type is brought to one fragment layout, counted in words (a word is two
-// 16-bit elements, one float or one double; a step is 8 words deep):
+// 16-bit elements, one float or one double; a step is 8 words deep, doubles take two at once):
 //   A  w[0] = (row g, word t)  w[1] = (row g + 8, word t)  w[2] = (row g, word t + 4)  w[3] = (row g + 8, word t + 4)
 //   B  b[0] = (word t, column g)  b[1] = (word t + 4, column g)
 //   D  d[0], d[1] = (row g, columns 2t, 2t + 1)  d[2], d[3] = the same of row g + 8
@@ -26,17 +26,20 @@ __device__ __forceinline__ void mma_m16n8(float (&d)[4], const unsigned (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void mma_m16n8(double (&d)[4], const double (&a)[4], double b0, double b1, double) {
+// Two steps, `a` and `next`.
+__device__ __forceinline__ void mma_m16n8(double (&d)[4], const double (&a)[4], const double (&next)[4],
+                                          const double (&b)[4]) {
 #if __CUDA_ARCH__ == 900
-  asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7,%8,%9,%10,%11}, "
+      "{%12,%13,%14,%15}, {%0,%1,%2,%3};"
       : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
-      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b0), "d"(b1));
-#else  // four m8n8k4 products, the only shape before sm_90
-  const double b[2] = {b0, b1};
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(next[0]), "d"(next[1]), "d"(next[2]), "d"(next[3]), "d"(b[0]),
+        "d"(b[1]), "d"(b[2]), "d"(b[3]));
+#else  // eight m8n8k4 products, the only shape before sm_90
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 8; ++i)
     asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
         : "+d"(d[2 * (i % 2)]), "+d"(d[2 * (i % 2) + 1])
-        : "d"(a[i]), "d"(b[i / 2]));
+        : "d"(i < 4 ? a[i] : next[i - 4]), "d"(b[i / 2]));
 #endif
 }

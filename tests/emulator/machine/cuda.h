@@ -123,7 +123,7 @@ inline unsigned vote(const char* name, bool x) {
 }  // namespace emulator
 template <class T>
 inline T __shfl_sync(unsigned, T x, int from) {
-  return emulator::shuffle("__shfl_sync", x, from % emulator::LANES);
+  return emulator::shuffle("__shfl_sync", x, from & (emulator::LANES - 1));
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned, T x, int mask) {

@@ -291,23 +291,25 @@ inline void griddepcontrol_launch_dependents() {}
 // In words (two 16-bit elements, a float or a double): lane 4 g + t has
 //   A  (row g, word t) (row g + 8, word t) (row g, word t + 4) (row g + 8, word t + 4);  B  (word t, column g) (word t
 //   + 4, ..) D  (row g, columns 2 t, 2 t + 1) (row g + 8, ..)
-template <class Accum, class Word>
+template <int STEPS, class Accum, class Word>
 struct Mma {
   Accum d[4];
-  Word a[4], b[2];
+  Word a[4 * STEPS], b[2 * STEPS];
 };
-template <int PER_WORD, class Accum, class Word, class Widen>
-inline void multiply(const char* name, const List<Accum, 4>& d, const List<const Word, 4>& a,
-                     const List<const Word, 2>& b, Widen widen) {
-  Mma<Accum, Word> mine{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  collective(name, mine, [=](Mma<Accum, Word>* const(&lanes)[LANES]) {
-    constexpr int K = 8 * PER_WORD;
+template <int PER_WORD, int STEPS = 1, class Accum, class Word, class Widen>
+inline void multiply(const char* name, const List<Accum, 4>& d, const List<const Word, 4 * STEPS>& a,
+                     const List<const Word, 2 * STEPS>& b, Widen widen) {
+  Mma<STEPS, Accum, Word> mine{{d[0], d[1], d[2], d[3]}, {}, {}};
+  for (int i = 0; i < 4 * STEPS; ++i) mine.a[i] = a[i];
+  for (int i = 0; i < 2 * STEPS; ++i) mine.b[i] = b[i];
+  collective(name, mine, [=](Mma<STEPS, Accum, Word>* const(&lanes)[LANES]) {
+    constexpr int K = 8 * PER_WORD * STEPS;
     Accum x[16][K], y[K][8];
     for (int l = 0; l < LANES; ++l)
       for (int e = 0; e < PER_WORD; ++e) {
         const int g = l / 4, t = l % 4;
-        for (int i = 0; i < 4; ++i) x[g + i % 2 * 8][(t + i / 2 * 4) * PER_WORD + e] = widen(lanes[l]->a[i], e);
-        for (int i = 0; i < 2; ++i) y[(t + i * 4) * PER_WORD + e][g] = widen(lanes[l]->b[i], e);
+        for (int i = 0; i < 4 * STEPS; ++i) x[g + i % 2 * 8][(t + i / 2 * 4) * PER_WORD + e] = widen(lanes[l]->a[i], e);
+        for (int i = 0; i < 2 * STEPS; ++i) y[(t + i * 4) * PER_WORD + e][g] = widen(lanes[l]->b[i], e);
       }
     for (int row = 0; row < 16; ++row) {
       Accum sum[8];
@@ -335,9 +337,9 @@ inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(const List<float,
   multiply<1>("mma", d, a, b, [](unsigned word, int) { return __uint_as_float(word & 0xffffe000u); });
 }
 template <class A, class B, class C>
-inline void mma_sync_aligned_m16n8k8_row_col_f64_f64_f64_f64(const List<double, 4>& d, const A& a, const B& b,
-                                                             const C&) {
-  multiply<1>("mma", d, a, b, [](double word, int) { return word; });
+inline void mma_sync_aligned_m16n8k16_row_col_f64_f64_f64_f64(const List<double, 4>& d, const A& a, const B& b,
+                                                              const C&) {
+  multiply<1, 2>("mma", d, a, b, [](double word, int) { return word; });
 }
 // m8n8k4: a quarter of it.
 struct MmaQuarter {
