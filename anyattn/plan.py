@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from anyattn import tensormap, wgmma
 from anyattn.compile import Spec
@@ -172,10 +172,17 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         raise UnsupportedError(f"they load through tensor maps, but dout {reason}")
     widest = max(problem.head_dim, problem.head_dim_v)
     # Dropout and softcap keep more between the products.
-    wide, roomy = widest > 128, problem.dropout > 0 or problem.softcap > 0
-    in_turn = widest <= 64 and not roomy
-    name = "backward_wide_sm90" if wide else "backward_narrow_sm90" if in_turn else "backward_sm90"
-    tile = _tile(name, problem, device, _backward_wide_sm90_shared if wide else _backward_sm90_shared)
+    roomy = problem.dropout > 0 or problem.softcap > 0
+    if widest <= 64 and not roomy:
+        name = "backward_narrow_sm90"
+    elif widest <= 128:
+        name = "backward_sm90"
+    elif 128 < problem.head_dim <= 192 and widest <= 192 and not roomy:
+        name = "backward_192_sm90"
+    else:
+        name = "backward_wide_sm90"
+    wide, transposed = name == "backward_wide_sm90", name == "backward_192_sm90"
+    tile = _tile(name, problem, device, _BACKWARD_SM90_SHARED[name])
     key_blocks = _blocks(problem.seqlen_k, tile["BLOCK_N"])
     tiles = key_blocks * problem.heads_kv * problem.batch
     _check_tiles(tiles)
@@ -183,6 +190,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
     gradients = [_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v)]
     if wide:  # panel by panel
         gradients = [width for columns in gradients for width in (64, columns % 64) if width]
+    widths = [tile["BLOCK_N"] // 2, 64, 32] if transposed else [tile["BLOCK_M"], columns // tile["Q"][1], *gradients]
     producer_registers, consumer_registers = (24, 240) if wide or roomy else (40, 232)
     constants = {
         **_problem_constants(problem, bp.align),
@@ -194,6 +202,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         "Q_COLUMN_STEP": _dq_column_step(tile),
         "ROW_SUMS": True,
         "SET_BY_FIRST": not wide,
+        **({"DOUT_STAGES": _dout_stages(problem)} if transposed else {}),
     }
     main = _Main(
         name,
@@ -204,7 +213,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         # Each warp's turn to add; or each slice's, whether or not in order, behind a counter of tiles.
         tickets=tile["WARPS"] * problem.deterministic if wide else tile["Q"][1],
         counters=0 if wide else 1,
-        products=wgmma.functions(problem.dtype, (tile["BLOCK_M"], columns // tile["Q"][1], *gradients)),
+        products=wgmma.functions(problem.dtype, widths),
     )
     return replace(
         _backward(bp, device, tile, main),
@@ -215,7 +224,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
 
 def _dq_column_step(tile: dict[str, Any]) -> int:
     """What dQ's columns are padded to a multiple of: panels of 64 for each consumer that takes some of them."""
-    return 64 * int(tile["Q"][1]) if tile["Q"][1] > 1 else 16
+    return int(tile.get("Q_COLUMN_STEP", 64 * tile["Q"][1] if tile["Q"][1] > 1 else 16))
 
 
 def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
@@ -229,6 +238,18 @@ def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 32 + 16 * (2 + 2 * stages + 4))
 
 
+def _dout_stages(problem: Problem) -> int:
+    """How many blocks of dO have room beside head dims over 128 of K."""
+    return 2 if problem.head_dim_v <= 128 else 1
+
+
+def _backward_192_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
+    d, dv = _dq_column_step(tile), _padded(problem.head_dim_v, 64)
+    m, n, stages, dout_stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"], _dout_stages(problem)
+    elements = n * (d + dv) + stages * m * d + dout_stages * m * dv + 4 * m * 64  # P and dS of two consumers
+    return int(elements * problem.itemsize + m * d * 4 + stages * 2 * m * 4 + 32 + 16 * (2 + stages + dout_stages + 2))
+
+
 def _backward_wide_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     """The larger of what thread blocks for dK and for dV take."""
     k = _padded(problem.head_dim, _dq_column_step(tile))
@@ -239,6 +260,14 @@ def _backward_wide_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
         return int((n * (k + v) + m * n + panels * m * 64) * problem.itemsize + 2 * 2 * m * 4 + 16 * (4 + panels))
 
     return max(part(tile["Q_STAGES"] + tile["DOUT_STAGES"], dv), part(2 * (q + dv) // 64, 0))
+
+
+_BACKWARD_SM90_SHARED: Final[dict[str, Callable[[dict[str, Any], Problem], int]]] = {
+    "backward_narrow_sm90": _backward_sm90_shared,
+    "backward_sm90": _backward_sm90_shared,
+    "backward_192_sm90": _backward_192_sm90_shared,
+    "backward_wide_sm90": _backward_wide_sm90_shared,
+}
 
 
 def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
@@ -361,14 +390,13 @@ def default_specs(arch: str) -> list[Spec]:
     """Every kernel with every tile that fits an architecture, for a plain call: what `anyattn compile` builds."""
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}
-    for name, shared, planner in (
+    planners: list[tuple[str, Any, Any]] = [
         ("forward_sm90", _forward_sm90_shared, _forward_sm90),
         ("forward_sm80", _forward_shared, _forward_sm80),
-        ("backward_sm90", _backward_sm90_shared, _backward_sm90),
-        ("backward_narrow_sm90", _backward_sm90_shared, _backward_sm90),
-        ("backward_wide_sm90", _backward_wide_sm90_shared, _backward_sm90),
+        *((name, shared, _backward_sm90) for name, shared in _BACKWARD_SM90_SHARED.items()),
         ("backward_sm80", _backward_shared, _backward_sm80),
-    ):
+    ]
+    for name, shared, planner in planners:
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
                 problem = _plain(dtype, tile["head_dim"])

@@ -26,6 +26,7 @@ static_assert(DK <= 64 && DV <= 64 && Q_COLUMNS == D && STAGES % CONSUMERS == 0)
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
 
 using Shared = SharedMemory<true>;
+static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 using Words = unsigned[N / 2][4];  // P^T or dS^T as A fragments
 
 // What a consumer needs for a block of rows with a half of the keys, [KEYS, BLOCK_M].

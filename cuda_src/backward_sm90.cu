@@ -23,6 +23,7 @@
 static_assert(Q_COLUMNS % 64 == 0);  // a consumer's half of dQ
 
 using Shared = SharedMemory<false>;
+static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 
 __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared, const int number) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;

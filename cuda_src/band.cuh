@@ -20,16 +20,17 @@ struct Band {
     return row < seqlen_q && key >= low(row) && key < high(row);
   }
 
-  // Scores of keys that a row does not see become -inf.  The lane's first entry is that of row0 and key0.
+  // Scores of keys that a row does not see become -inf, or `hidden`.  The lane's first entry is that of row0 and key0.
   template <int M, int N, class Accum>
-  __device__ __forceinline__ void mask(Accum (&s)[M][N][4], int row0, int key0) const {
+  __device__ __forceinline__ void mask(Accum (&s)[M][N][4], int row0, int key0,
+                                       Accum hidden = minus_infinity<Accum>()) const {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const int row = row0 + 8 * i, begin = low(row) - key0, end = high(row) - key0;
 #pragma unroll
       for (int j = 0; j < 2 * N; ++j) {
         const int key = j / 2 * 8 + j % 2;
-        if (key < begin || key >= end) s[i / 2][j / 2][i % 2 * 2 + j % 2] = minus_infinity<Accum>();
+        if (key < begin || key >= end) s[i / 2][j / 2][i % 2 * 2 + j % 2] = hidden;
       }
     }
   }

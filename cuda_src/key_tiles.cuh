@@ -1,5 +1,5 @@
-// What backward_sm90.cu and backward_narrow_sm90.cu share: the tiles of keys, the threads that bring what a tile needs
-// and take its shares of dQ away, and the way of dK and dV to global memory.
+// What backward_sm90.cu, backward_narrow_sm90.cu and backward_192_sm90.cu share: the tiles of keys, the threads that
+// bring what a tile needs and take its shares of dQ away, and the way of dK and dV to global memory.
 //
 //   A producer thread brings K and V, another one fills a ring of stages with blocks of Q and dO and their LSE and
 //   -delta.  A thread for each consumer takes its shares of dQ away.  They are added up in an accumulator in global
@@ -14,19 +14,18 @@
 #include "work.cuh"
 
 constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
-constexpr int KEYS = 64;  // of a product
+constexpr int KEYS = BLOCK_N / 2;  // of a product
 constexpr int DK = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int N = BLOCK_M / 8;  // products of 8 rows along S^T
-static_assert(BLOCK_M == 64 && BLOCK_N == 2 * KEYS && WARPS == 4 * CONSUMERS && Q_ROWS == 16);
+static_assert(BLOCK_M == 64 && WARPS == 4 * CONSUMERS && Q_ROWS == 16);
 
 using TileK = Tile<Element, BLOCK_N, (D + 63) / 64 * 64>;  // dQ's columns may be padded further than HEAD_DIM
 using TileV = Tile<Element, BLOCK_N, (DV + 63) / 64 * 64>;
 using TileQ = Tile<Element, BLOCK_M, TileK::COLS>;
 using TileO = Tile<Element, BLOCK_M, TileV::COLS>;
 using TileS = Tile<Element, BLOCK_M, BLOCK_N>;
-using StoredK = Tile<Element, KEYS, TileK::COLS>;  // gradients on their way out, in a dS's place
+using StoredK = Tile<Element, KEYS, TileK::COLS>;  // gradients on their way out
 using StoredV = Tile<Element, KEYS, TileV::COLS>;
-static_assert(StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 
 // Dynamic shared memory.  Consumers share a block of rows, of which each has its keys and a slice of dQ; or they take
 // the blocks of rows in turn.
@@ -118,7 +117,8 @@ __device__ __forceinline__ void load(const T& tile, Barrier full, const TensorMa
 template <class Shared>
 __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared shared) {
   Ring<1> work_ring(shared.work_stages());
-  Ring<STAGES> q_ring(shared.q_stages()), dout_ring(shared.dout_stages());
+  Ring q_ring(shared.q_stages());
+  Ring dout_ring(shared.dout_stages());
   Tiles tiles(p);
   while (true) {
     const Work work = take_and_tell(tiles, shared.work(), work_ring);
@@ -168,7 +168,7 @@ template <class Shared>
 __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, const int consumer) {
   constexpr int SET = 1 << 30, SLICE = Shared::SLICE, SLICES = Shared::SLICES;
   Ring<1> work_ring(shared.work_stages());
-  Ring<2> ring(shared.dq_stages(consumer));
+  Ring ring(shared.dq_stages(consumer));
   int turn_to_take = 0;
   while (true) {
     const Work work = hear(p, shared.work(), work_ring);
@@ -226,17 +226,26 @@ __device__ __forceinline__ void clear_from(const T& tile, int end, int barrier, 
   }
 }
 
-// A consumer's share of dQ, for the thread that takes it.
-template <class Shared>
-__device__ __forceinline__ void hand_over(const QFragments& dq, const Shared& shared, int number, const Ring<2>& ring) {
+// Part of a consumer's share of dQ, from column 8 * first on, to its place on the way out.
+template <int COUNT>
+__device__ __forceinline__ void put_dq(const float (&dq)[COUNT][4], unsigned place, int first) {
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  ring.wait_empty();
 #pragma unroll
-  for (int n = 0; n < Q_COLUMNS / 8; ++n)
-    store_shared(shared.dq(number, ring.stage) + ((warp * (Q_COLUMNS / 8) + n) * 32 + lane) * 16, dq[0][n]);
+  for (int n = 0; n < COUNT; ++n) store_shared(place + ((warp * (Q_COLUMNS / 8) + first + n) * 32 + lane) * 16, dq[n]);
+}
+// All of it is there, for the thread that takes it away.
+template <int STAGES>
+__device__ __forceinline__ void say_full(const Ring<STAGES>& ring) {
   fence_async_shared();
   __syncwarp();
-  if (lane == 0) ring.stages.full(ring.stage).arrive();
+  if (threadIdx.x % 32 == 0) ring.stages.full(ring.stage).arrive();
+}
+// The whole share.
+template <class Shared>
+__device__ __forceinline__ void hand_over(const QFragments& dq, const Shared& shared, int number, const Ring<2>& ring) {
+  ring.wait_empty();
+  put_dq(dq[0], shared.dq(number, ring.stage), 0);
+  say_full(ring);
 }
 
 // A gradient of KEYS keys from `first` on to global memory, through a tile in shared memory.

@@ -65,3 +65,27 @@ __device__ __forceinline__ void add_visible(Accum (&acc)[M][N][4], const A& a, i
     }
   }
 }
+
+// The same for a transposed result: acc += B^T A, where B has a row for each of A's.  A lane's first entry is that of
+// column col0 of B, down, and key0 of A, along.
+template <int M, int N, class A, class T>
+__device__ __forceinline__ void add_visible_to_transposed(Accum (&acc)[M][N][4], const A& a, const T& b, int col0,
+                                                          int key0, const Band& band, int first_row, int first_key) {
+#pragma unroll
+  for (int i = 0; i < M * N; ++i) {  // M products of 64 columns by the four warps
+    const int lane = recompute(threadIdx.x) % 32, col = col0 + i / N * 64 + lane / 4,
+              key = key0 + i % N * 8 + lane % 4 * 2;
+    Accum(&x)[4] = acc[i / N][i % N];
+#pragma unroll 1
+    for (int row = 0; row < BLOCK_M; ++row) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (!band.sees(first_row + row, first_key + key + j)) continue;
+        const Accum y = load_element<Element>(a.address(row, (key + j) * int(sizeof(Element))));
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          x[2 * half + j] += y * load_element<Element>(b.address(row, (col + 8 * half) * int(sizeof(Element))));
+      }
+    }
+  }
+}

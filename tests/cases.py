@@ -413,6 +413,7 @@ CORNERS = [
     *(_square(f"length{s}", s, 32, batch=1, causal=True, heads=1, heads_kv=1) for s in (1, 17, 63, 64, 127, 128, 192)),
     _square("v_wider", 129, 64, head_dim_v=256, causal=True),
     _square("v_narrower", 192, 192, head_dim_v=128, causal=True),
+    _square("several_tiles_of_192", 330, 192, heads=4, heads_kv=2, causal=True),
     _square("v_of_1", 70, 128, head_dim_v=1),
     Case("rows_that_see_nothing", seqlen_q=192, seqlen_k=65, causal=True),
     Case("rows_past_the_window", seqlen_q=300, seqlen_k=64, window=(7, 7)),

@@ -69,6 +69,7 @@ SELECTED = [
     _named("left-alibi-dropout-mqa-bhsd3-transposed-300x300x32", "bfloat16", RANDOM, deterministic=True),
     _named("full-softcap-alibi_bh-gqa-bshd3-transposed-127x300x80", "bfloat16", RANDOM),
     _named("narrow_causal-gqa-bhsd3-padded_rows-128x65x256", "float16", LATE),
+    _named("window-alibi-gqa-varlen-contiguous-192x192x192", "bfloat16", LATE, deterministic=True),
     _named("rows_that_see_nothing", "bfloat16", RANDOM),
     _named("varlen_uneven", "float16", RANDOM, "sm80"),
     _named("full-softcap-alibi_bh-dropout-mha-bhsd-contiguous-scaled-65x128x37", "bfloat16", LATE, "sm80"),
@@ -107,9 +108,11 @@ def test_deterministic_whatever_the_order(emulation: Emulation) -> None:
         assert np.array_equal(x, getattr(second, name)), name
 
 
-def test_hidden_values() -> None:
+@pytest.mark.parametrize("head_dim", [128, 192])
+def test_hidden_values(head_dim: int) -> None:
     """NaN and inf that a mask hides, on the kernels' careful paths."""
-    case = Case("band", 1, 2, 1, seqlen_q=70, seqlen_k=140, head_dim=128, head_dim_v=128, window=(37, 20))
+    band = Case("band", 1, 2, 1, seqlen_q=70, seqlen_k=140, window=(37, 20))
+    case = replace(band, head_dim=head_dim, head_dim_v=head_dim)
 
     def compute(inputs: Inputs) -> Results:
         with emulated(RANDOM, device=replace(DEVICE, multiprocessors=2)):

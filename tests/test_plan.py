@@ -79,13 +79,23 @@ def test_delta_lies_in_dq() -> None:
 
 def test_wide_hopper_backward() -> None:
     """Above 128 columns a block of keys takes two thread blocks: one for dK and dQ, one for dV."""
-    for head_dim in (136, 160, 192, 200, 256):
-        _, main, _ = plan.backward(gradients(problem(head_dim=head_dim)), HOPPER).kernels
+    for head_dim, options in ((136, {"dropout": 0.1}), (192, {"softcap": 5.0}), (200, {}), (256, {})):
+        bp = gradients(problem(head_dim=head_dim, **options))  # type: ignore[arg-type]
+        _, main, _ = plan.backward(bp, HOPPER).kernels
         assert main.name == "backward_wide_sm90"
         assert main.grid == 2 * -(-300 // 128) * 3 * 2
         assert main.shared_bytes <= HOPPER.shared_bytes
     _, main, _ = plan.backward(gradients(problem(head_dim=128)), HOPPER).kernels
     assert main.grid == -(-300 // 128) * 3 * 2
+
+
+def test_hopper_backward_to_192() -> None:
+    """Blocks of 96 keys, whose dK and dV a thread block holds both."""
+    for head_dim in (136, 160, 192):
+        _, main, _ = plan.backward(gradients(problem(head_dim=head_dim)), HOPPER).kernels
+        assert main.name == "backward_192_sm90"
+        assert main.grid == -(-300 // 96) * 3 * 2
+        assert main.shared_bytes <= HOPPER.shared_bytes
 
 
 def test_narrow_hopper_backward() -> None:
