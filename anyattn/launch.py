@@ -102,7 +102,10 @@ def backward(
     workspace: int, stream: int,
     *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Launch the backward kernels; `workspace` points to workspace_bytes(bp) bytes of any content, 256-byte aligned."""
+    """Launch the backward kernels; `workspace` points to workspace_bytes(bp) bytes of any content, 256-byte aligned.
+
+    dq is 16-byte aligned, whatever its strides: sums of rows lie in it until the last kernel writes it.
+    """
     prepared = _prepare_backward(bp)
     parts = prepared.plan
     delta = workspace if parts.delta_bytes else dq
