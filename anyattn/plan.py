@@ -172,12 +172,12 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         raise UnsupportedError(f"they load through tensor maps, but dout {reason}")
     widest = max(problem.head_dim, problem.head_dim_v)
     # Dropout and softcap keep more between the products.
-    roomy = problem.dropout > 0 or problem.softcap > 0
-    if widest <= 64 and not roomy:
+    keeps_more = problem.dropout > 0 or problem.softcap > 0
+    if widest <= 64 and not keeps_more:
         name = "backward_narrow_sm90"
     elif widest <= 128:
         name = "backward_sm90"
-    elif 128 < problem.head_dim <= 192 and widest <= 192 and not roomy:
+    elif 128 < problem.head_dim <= 192 and widest <= 192 and not keeps_more:
         name = "backward_192_sm90"
     else:
         name = "backward_wide_sm90"
@@ -191,7 +191,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
     if wide:  # panel by panel
         gradients = [width for columns in gradients for width in (64, columns % 64) if width]
     widths = [tile["BLOCK_N"] // 2, 64, 32] if transposed else [tile["BLOCK_M"], columns // tile["Q"][1], *gradients]
-    producer_registers, consumer_registers = (24, 240) if wide or roomy else (40, 232)
+    producer_registers, consumer_registers = (24, 240) if wide or keeps_more else (40, 232)
     constants = {
         **_problem_constants(problem, bp.align),
         **_tile_constants(tile),
@@ -387,7 +387,10 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
 
 
 def default_specs(arch: str) -> list[Spec]:
-    """Every kernel with every tile that fits an architecture, for a plain call: what `anyattn compile` builds."""
+    """What `anyattn compile` builds: every kernel with every tile that fits an architecture.
+
+    For a plain call, or for one with dropout where a plain one takes another kernel.
+    """
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}
     planners: list[tuple[str, Any, Any]] = [
@@ -399,14 +402,18 @@ def default_specs(arch: str) -> list[Spec]:
     for name, shared, planner in planners:
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
-                problem = _plain(dtype, tile["head_dim"])
-                if shared(tile, problem) > device.shared_bytes:
-                    continue
-                call: Any = _plain_backward(problem) if name.startswith("backward") else problem
-                try:
-                    specs.update({kernel.spec: None for kernel in planner(call, device).kernels})
-                except UnsupportedError:
-                    continue  # not a kernel of this architecture
+                for dropout in (0.0, 0.1):
+                    problem = _plain(dtype, tile["head_dim"], dropout)
+                    if shared(tile, problem) > device.shared_bytes:
+                        break
+                    call: Any = _plain_backward(problem) if name.startswith("backward") else problem
+                    try:
+                        kernels = planner(call, device).kernels
+                    except UnsupportedError:
+                        break  # not a kernel of this architecture
+                    if any(kernel.name == name for kernel in kernels):
+                        specs.update({kernel.spec: None for kernel in kernels})
+                        break
     return list(specs)
 
 
@@ -524,13 +531,13 @@ def _aligned(size: int) -> int:
     return _padded(size, 256)
 
 
-def _plain(dtype: str, head_dim: int) -> Problem:
+def _plain(dtype: str, head_dim: int, dropout: float = 0.0) -> Problem:
     """A call with nothing special about it."""
     from anyattn.problem import Options, View, dense
 
     shape = (1, 1024, 8, head_dim)
     view = View(0, shape, (1024 * 8 * head_dim, 8 * head_dim, head_dim, 1), dtype, 0)
-    return dense(view, view, view, None, Options())
+    return dense(view, view, view, None, Options(dropout=dropout))
 
 
 def _plain_backward(problem: Problem) -> BackwardProblem:

@@ -1,4 +1,5 @@
-// Attention backward on Hopper for head dims 129 to 192.  backward_delta.cu runs before it, backward_dq.cu after it.
+// Attention backward on Hopper for head dims 129 to 192 of Q and K, to 192 of V, without dropout and softcap.
+// backward_delta.cu runs before it, backward_dq.cu after it.
 //
 //   A thread block owns 96 keys, each of its two consumers (warpgroups) 48 of them: dK and dV of more have no room in
 //   registers.  A product is 64 high, so the keys lie along it: below them S and dP have rows, dV^T and dK^T head dims.
@@ -300,8 +301,8 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           store_scores(ds_smem, dp);
           named_barrier_sync(1, 256);
           dq.add_visible_keys(shared, number, band, first_row, work.first);
-          add_visible_to_transposed(dv, p_smem, dout_smem, warp * 16, 0, band, first_row, first_key);
-          add_visible_to_transposed(dk, ds_smem, q_smem, warp * 16, 0, band, first_row, first_key);
+          add_visible_to_transposed(dv, p_smem, dout_smem, warp * 16, band, first_row, first_key);
+          add_visible_to_transposed(dk, ds_smem, q_smem, warp * 16, band, first_row, first_key);
           named_barrier_sync(1, 256);
           dout_ring.release();
           dq.hand_over(shared, number, dq_ring);
@@ -314,7 +315,6 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
     // The place of dQ's share takes dV, then dK.
     dq_ring.wait_empty();
-    named_barrier_sync(own_barrier, 128);
     const unsigned place = shared.dq(number);
     store_transposed_gradient<HEAD_DIM_V>(StoredV{place}, dv,
                                           sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, work.head),

@@ -1,5 +1,5 @@
-// Attention backward on Hopper for head dims above 128, where dK and dV of 128 keys don't fit the registers together.
-// backward_delta.cu runs before it, backward_dq.cu after it; backward_sm90.cu does smaller head dims in one pass.
+// Attention backward on Hopper for head dims above 128, where dK and dV of 128 keys don't fit the registers together,
+// as far as backward_192_sm90.cu does not take the call.  backward_delta.cu runs before it, backward_dq.cu after it.
 //
 //   A thread block is for the dK or for the dV of 128 keys (its part), each of its two consumers (warpgroups) for 64 of
 //   them.  Two producer threads bring K and V, and blocks of Q and dO, in panels of 64 columns, through a ring each.

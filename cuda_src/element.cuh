@@ -87,8 +87,8 @@ __device__ __forceinline__ double exp2_fast(double x) {
   return fma(y, r, 1.0) * __hiloint2double((n + 1023) << 20, 0);
 }
 
-// The same, where all lanes of a warp call it together.  For doubles 2^(n / 32) 2^r: each lane holds one of the powers
-// 2^(i / 32) for all, which leaves a polynomial half as long.
+// The same for x that are at most a little above 0, where all lanes of a warp call it together.  For doubles
+// 2^(n / 32) 2^r: each lane holds one of the powers 2^(i / 32) for all, which leaves a polynomial half as long.
 template <class Accum>
 struct WarpExp2 {
   __device__ __forceinline__ float operator()(float x) const { return exp2_fast(x); }
@@ -102,7 +102,7 @@ struct WarpExp2<double> {
     // (2^r - 1) / r, interpolated at the 5 Chebyshev nodes of [-1/64, 1/64]
     constexpr double C[] = {0x1.62e42fefa39efp-1, 0x1.ebfbdff8131c3p-3, 0x1.c6b08d70400d0p-5, 0x1.3b2b1bee88b09p-7,
                             0x1.5d884e708e6aap-10};
-    // Below -1022 as -1023, by the high words as integers; NaN stays.
+    // To -1022 as -1023, by the high words as integers; NaN stays.
     const unsigned high = __double2hiint(x), least = 0xc08ff000;
     x = __hiloint2double(high - least <= 0xfff00000 - least ? 0xc08ff800 : high, __double2loint(x));
     const double rounded = x + ROUND, r = x - (rounded - ROUND);

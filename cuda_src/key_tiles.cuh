@@ -169,7 +169,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
   constexpr int SET = 1 << 30, SLICE = Shared::SLICE, SLICES = Shared::SLICES;
   Ring<1> work_ring(shared.work_stages());
   Ring ring(shared.dq_stages(consumer));
-  int turn_to_take = 0;
+  unsigned turn_to_take = 0;
   while (true) {
     const Work work = hear(p, shared.work(), work_ring);
     if (!work.valid()) break;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
       int block = blocks.start;
 #pragma unroll 1
       for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
-        if (Shared::IN_TURN && turn_to_take++ % CONSUMERS != consumer) continue;
+        if (Shared::IN_TURN && int(turn_to_take++ % CONSUMERS) != consumer) continue;
         int* const ticket = p.tickets + 1 + (dq_accum.block + block) * SLICES + consumer % SLICES;
         float* const slice = dq_accum.origin + static_cast<long long>(block * SLICES + consumer % SLICES) * SLICE;
         const unsigned source = shared.dq(consumer, ring.stage);

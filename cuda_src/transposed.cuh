@@ -61,7 +61,8 @@ __device__ __forceinline__ void exponentiate_transposed(float (&s)[N][4], float 
 }
 
 // As A fragments of a product, and into a tile of [rows, keys] whose first row is row0's; `key` is the warp's first one
-// there.
+// there.  Gradients that lie transposed, head dims down and keys along, go the same way into tiles of [keys, head
+// dims].
 template <int N>
 __device__ __forceinline__ void pack_transposed(unsigned (&words)[N / 2][4], const float (&s)[N][4]) {
 #pragma unroll

@@ -31,6 +31,7 @@ __device__ __forceinline__ unsigned add_zeros(unsigned word, unsigned sum, bfloa
 // Whether a tile has a NaN or inf, in what each of THREADS threads looks at; all of them together see all.
 template <int THREADS, class T>
 __device__ __forceinline__ bool any_non_finite(const T& tile) {
+  static_assert(T::BYTES % (16 * THREADS) == 0);
   unsigned zeros = 0;
 #pragma unroll
   for (int i = 0; i < T::BYTES / 16 / THREADS; ++i) {
@@ -66,15 +67,14 @@ __device__ __forceinline__ void add_visible(Accum (&acc)[M][N][4], const A& a, i
   }
 }
 
-// The same for a transposed result: acc += B^T A, where B has a row for each of A's.  A lane's first entry is that of
-// column col0 of B, down, and key0 of A, along.
+// The same for a transposed result: acc += B^T A, where B has a row for each of A's.  Columns of B down, of a lane
+// from col0 on; keys along.
 template <int M, int N, class A, class T>
 __device__ __forceinline__ void add_visible_to_transposed(Accum (&acc)[M][N][4], const A& a, const T& b, int col0,
-                                                          int key0, const Band& band, int first_row, int first_key) {
+                                                          const Band& band, int first_row, int first_key) {
 #pragma unroll
   for (int i = 0; i < M * N; ++i) {  // M products of 64 columns by the four warps
-    const int lane = recompute(threadIdx.x) % 32, col = col0 + i / N * 64 + lane / 4,
-              key = key0 + i % N * 8 + lane % 4 * 2;
+    const int lane = recompute(threadIdx.x) % 32, col = col0 + i / N * 64 + lane / 4, key = i % N * 8 + lane % 4 * 2;
     Accum(&x)[4] = acc[i / N][i % N];
 #pragma unroll 1
     for (int row = 0; row < BLOCK_M; ++row) {

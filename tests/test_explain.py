@@ -28,7 +28,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Plans of one test's environment don't outlive it."""
     for name in ("ANYATTN_KERNEL", "ANYATTN_TILES"):
         monkeypatch.delenv(name, raising=False)
-    caches = (plan.forward, plan.backward)  # some tests replace them
+    caches = (plan.forward, plan.backward, launch.workspace_bytes)  # some tests replace them
     for cache in caches:
         cache.cache_clear()
     yield

@@ -35,9 +35,9 @@ def _own_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("ANYATTN_TILES", "ANYATTN_KERNEL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(plan, "FAMILIES", ("sm80",))
-    tune._forget()
+    launch.forget_plans()
     yield
-    tune._forget()
+    launch.forget_plans()
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_nothing_to_choose() -> None:
 def test_every_cell_has_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward, every dtype and GPU: the tile in use is found, and there are others that fit."""
     monkeypatch.setattr(plan, "FAMILIES", FAMILIES)
-    tune._forget()
+    launch.forget_plans()
     for arch in ("sm_80", "sm_89", "sm_90a"):
         device = Device(arch, plan.SHARED_BYTES[arch])
         for direction in ("forward", "backward"):
