@@ -78,10 +78,18 @@ def test_delta_lies_in_dq() -> None:
 
 
 def test_wide_hopper_backward() -> None:
-    """Above 128 columns a block of keys takes two thread blocks: one for dK and dQ, one for dV."""
-    for head_dim, options in ((136, {"dropout": 0.1}), (192, {"softcap": 5.0}), (200, {}), (256, {})):
-        bp = gradients(problem(head_dim=head_dim, **options))  # type: ignore[arg-type]
-        _, main, _ = plan.backward(bp, HOPPER).kernels
+    """A block of keys takes two thread blocks: one for dK and dQ, one for dV.
+
+    Above 192 columns; and above 128 with dropout or a softcap, or if only V has as many.
+    """
+    for of in (
+        problem(head_dim=136, dropout=0.1),
+        problem(head_dim=192, softcap=5.0),
+        replace(problem(head_dim=128), head_dim_v=192),
+        problem(head_dim=200),
+        problem(head_dim=256),
+    ):
+        _, main, _ = plan.backward(gradients(of), HOPPER).kernels
         assert main.name == "backward_wide_sm90"
         assert main.grid == 2 * -(-300 // 128) * 3 * 2
         assert main.shared_bytes <= HOPPER.shared_bytes
@@ -90,9 +98,11 @@ def test_wide_hopper_backward() -> None:
 
 
 def test_hopper_backward_to_192() -> None:
-    """Blocks of 96 keys, whose dK and dV a thread block holds both."""
-    for head_dim in (136, 160, 192):
-        _, main, _ = plan.backward(gradients(problem(head_dim=head_dim)), HOPPER).kernels
+    """Blocks of 96 keys, whose dK and dV a thread block holds both; a narrow V leaves room for a second block of dO."""
+    for head_dim, head_dim_v, stages in ((136, 136, 1), (160, 160, 1), (192, 192, 1), (192, 128, 2), (192, 64, 2)):
+        bp = gradients(replace(problem(head_dim=head_dim), head_dim_v=head_dim_v))
+        _, main, _ = plan.backward(bp, HOPPER).kernels
+        assert constants(main)["DOUT_STAGES"] == stages
         assert main.name == "backward_192_sm90"
         assert main.grid == -(-300 // 96) * 3 * 2
         assert main.shared_bytes <= HOPPER.shared_bytes
