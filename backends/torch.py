@@ -70,16 +70,20 @@ def attention(
     if (
         not is_compiling()
         and not _is_any_autocast_enabled()
-        and _eager(q, k, v)
-        and not _differentiable(q, k, v)
-        and q.is_cuda
+        and not _recorded()
+        and type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and q.is_cuda  # if k and v are not, the problem is refused
         and (device := q.get_device()) == _current_device()
+        and (q.dtype is torch.bfloat16 or not (q.is_neg() or k.is_neg() or v.is_neg()))
+        and not _differentiable(q, k, v)
         and alibi_slopes is None
         and not options.dropout
         and backend != "cpu"
     ):  # the commonest call, spelt out: the way below takes longer
         try:
-            problem, strides = _dense(_key(q), _key(k), _key(v), options)
+            problem, strides = _dense(*_key(q), *_key(k), *_key(v), options)
         except (TypeError, ValueError):  # what is wrong will be named on the way below
             pass
         else:
@@ -205,14 +209,19 @@ def _attention_backward(
     return _backward(*tensors, call)
 
 
-def _eager(*tensors: Tensor) -> bool:
-    """Whether tensors are plain memory, all of the CPU or all of GPUs, and nothing records what is done to them."""
-    if (
+def _recorded() -> bool:
+    """Whether something records, or changes, what is done to tensors."""
+    return (
         _len_torch_dispatch_stack() != 0
         or peek_interpreter_stack() is not None  # functorch
         or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True)
         or _get_tracing_state() is not None  # torch.jit.trace
-    ):
+    )
+
+
+def _eager(*tensors: Tensor) -> bool:
+    """Whether tensors are plain memory, all of the CPU or all of GPUs, and nothing records what is done to them."""
+    if _recorded():
         return False
     cuda = tensors[0].is_cuda
     for x in tensors:
@@ -316,7 +325,7 @@ def _backward(
 def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> Problem:
     if call.cu_seqlens_q is None and call.alibi_slopes is None:
         try:
-            return _dense(_key(q), _key(k), _key(v), options)[0]
+            return _dense(*_key(q), *_key(k), *_key(v), options)[0]
         except (AttributeError, TypeError, ValueError):  # what is wrong will be named on the way below
             pass
     views = _view("q", q), _view("k", k), _view("v", v)
@@ -348,9 +357,11 @@ def _from_key(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, d
 
 
 @lru_cache(maxsize=4096)
-def _dense(q: _Key, k: _Key, v: _Key, options: Options) -> tuple[Problem, tuple[int, ...]]:
-    """The problem of a dense call without slopes, and the output's strides."""
-    problem = core.dense(_from_key(*q), _from_key(*k), _from_key(*v), None, options)
+def _dense(*keys_and_options: Any) -> tuple[Problem, tuple[int, ...]]:
+    """The problem of a dense call without slopes, from the keys of q, k and v in a row; and the output's strides."""
+    *keys, options = keys_and_options
+    q, k, v = (_from_key(*keys[i : i + 5]) for i in (0, 5, 10))
+    problem = core.dense(q, k, v, None, options)
     return problem, core.row_major(problem.out_shape)
 
 

@@ -206,8 +206,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
       int block = blocks.start;
       for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
         const int first_row = block * BLOCK_M, row0 = first_row + warp * 16 + lane / 4;
-        const int last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
-        const bool masked = !band.all_see(first_row, last_row, work.first, work.first + BLOCK_N);
+        const bool masked = !band.whole(first_row, BLOCK_M, work.first, work.first + BLOCK_N);
         const TileQ q_smem = shared.q(q_ring.stage);
         const TileO dout_smem = shared.dout(dout_ring.stage);
         Scores s, dp;

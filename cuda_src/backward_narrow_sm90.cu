@@ -51,7 +51,7 @@ struct Step {
 
   __device__ __forceinline__ bool masked(int half) const {
     const int key = first_key + half * KEYS;
-    return !band.all_see(first_row, last_row(), key, key + KEYS);
+    return !band.whole(first_row, BLOCK_M, key, key + KEYS);
   }
 
   __device__ __forceinline__ void start_scores(int half, float (&s)[N][4], float (&dp)[N][4],

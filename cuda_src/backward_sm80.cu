@@ -154,8 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __g
     __syncthreads();  // Q, dO, LSE and delta are here, and everyone is done with the previous P and dS
     if (STAGES == 2 && steps > 1) load_rows(next(step));
 
-    const bool masked =
-        !band.all_see(first_row, min(first_row + BLOCK_M, sequence.seqlen_q) - 1, first_key, first_key + BLOCK_N);
+    const bool masked = !band.whole(first_row, BLOCK_M, first_key, first_key + BLOCK_N);
     bool spoilt = false;  // whether a hidden entry may be, or meet, something that isn't finite
     if (s_active) {
       constexpr int M = S_ROWS / 16, N = S_KEYS / 8;

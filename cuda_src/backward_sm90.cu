@@ -80,8 +80,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         wgmma_commit();
 
         const Dropped<N> dropped(dropout, row0, key0);
-        const int last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
-        const bool masked = !band.all_see(first_row, last_row, work.first, work.first + BLOCK_N);
+        const bool masked = !band.whole(first_row, BLOCK_M, work.first, work.first + BLOCK_N);
         bool spoilt = false;  // whether a hidden entry may be, or meet, something that isn't finite
 
         wgmma_wait<1>();

@@ -235,8 +235,7 @@ struct Consumer : Context<PART> {
   __device__ __forceinline__ unsigned minus_delta_smem() const { return lse_smem() + BLOCK_M * 4; }
 
   __device__ __forceinline__ bool masked(const Step& step) const {
-    const int first_row = step.block * BLOCK_M, last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
-    return !band.all_see(first_row, last_row, work.block * BLOCK_N, work.block * BLOCK_N + BLOCK_N);
+    return !band.whole(step.block * BLOCK_M, BLOCK_M, work.block * BLOCK_N, work.block * BLOCK_N + BLOCK_N);
   }
 
   // Rows of the next sequence take part in products with 0, and 0 * NaN is NaN.

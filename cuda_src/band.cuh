@@ -56,6 +56,12 @@ struct Band {
     return key_begin >= low(last) && key_end <= high(first);
   }
 
+  // Whether all of the rows [first, first + count) are there and see all of these keys.  Rows that are not there are
+  // zero, but 0 * inf is NaN.
+  __device__ __forceinline__ bool whole(int first, int count, int key_begin, int key_end) const {
+    return first + count <= seqlen_q && all_see(first, first + count - 1, key_begin, key_end);
+  }
+
   // Blocks of keys that rows [first, first + count) may see: [begin, end).
   struct Blocks {
     int begin, end;
