@@ -63,13 +63,13 @@ class _Prepared:
     plan: Plan
     launches: tuple[tuple[int, int, int, int], ...]  # CUfunction, blocks, threads of a block, bytes of shared memory
     ticket_bytes: int
-    arguments: _Arguments
+    thread: _ArgumentsOfThread
     maps: tuple[Callable[[tuple[int, ...]], bytes], ...]  # from the pointers, the tensor maps behind Params
     device: int
 
 
-class _Arguments(threading.local):
-    """A kernel's only argument, Params, in host memory; every thread has its own, to fill in for each launch."""
+class _Arguments:
+    """A kernel's only argument, Params, in host memory."""
 
     def __init__(self, constants: bytes) -> None:
         content = bytes(_POINTERS.size) + constants
@@ -79,6 +79,13 @@ class _Arguments(threading.local):
         self._pointer = ctypes.c_void_p(ctypes.addressof(self._memory))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
         self.used = False
+
+
+class _ArgumentsOfThread(threading.local):
+    """Every thread has its own, to fill in for each launch."""
+
+    def __init__(self, constants: bytes) -> None:
+        self.arguments = _Arguments(constants)
 
 
 def forward(
@@ -227,7 +234,7 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
     if chosen.boxes:
         constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS.size, b"\0")
         maps = tuple(_map(problem, name, params, dict(chosen.boxes).get(name)) for name in _MAPS)
-    return _Prepared(chosen, launches, chosen.ticket_bytes, _Arguments(constants), maps, problem.device)
+    return _Prepared(chosen, launches, chosen.ticket_bytes, _ArgumentsOfThread(constants), maps, problem.device)
 
 
 def _map(
@@ -267,7 +274,7 @@ def _cuda() -> Any:
 
 
 def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
-    cuda, arguments = _cuda(), prepared.arguments
+    cuda, arguments = _cuda(), prepared.thread.arguments
     _POINTERS.pack_into(arguments.params, 0, *pointers)
     if prepared.maps and arguments.mapped != (mapped := pointers[: len(_MAPS)]):
         arguments.params[_MAPS_START:] = b"".join([make(pointers) for make in prepared.maps])

@@ -7,7 +7,8 @@ A call takes the shortest way that serves it:
     anything else         torch.ops.anyattn.attention_forward   torch.compile, make_fx, fake and meta tensors, dispatch
                           torch.ops.anyattn.attention_backward  modes, functorch
 
-The operators run the same `_forward` and `_backward`; no tracer sees the inside of these two.
+The operators run the same `_forward` and `_backward`; no tracer sees the inside of these two. An eager call like an
+earlier one goes to them without its tensors being looked at one by one (`_Kind`).
 
 Dropout without a seed draws one from PyTorch's default CPU generator: `torch.manual_seed` makes it reproducible and the
 GPU is never waited for. A captured CUDA graph therefore replays the mask it was captured with.
@@ -28,6 +29,7 @@ from torch._C import (
     _is_any_autocast_enabled,
     _len_torch_dispatch_stack,
 )
+from torch._C._dynamo import guards
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -67,33 +69,8 @@ def attention(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`anyattn.attention` of tensors. out is differentiable with respect to q, k and v; the LSE is not."""
-    if (
-        not is_compiling()
-        and not _is_any_autocast_enabled()
-        and not _recorded()
-        and type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
-        and q.is_cuda  # if k and v are not, the problem is refused
-        and (device := q.get_device()) == _current_device()
-        and (q.dtype is torch.bfloat16 or not (q.is_neg() or k.is_neg() or v.is_neg()))
-        and not _differentiable(q, k, v)
-        and alibi_slopes is None
-        and not options.dropout
-        and backend != "cpu"
-    ):  # the commonest call, spelt out: the way below takes longer
-        try:
-            problem, strides = _dense(*_key(q), *_key(k), *_key(v), options)
-        except (TypeError, ValueError):  # what is wrong will be named on the way below
-            pass
-        else:
-            out = _empty_cuda(problem.out_shape, strides, q.dtype)
-            lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype]) if return_lse else None
-            workspace = _workspace(q, problem)
-            pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(lse))
-            launch.forward(problem, *pointers, _raw_stream(device), workspace=_address(workspace))
-            return out if lse is None else (out, lse)
-    out, lse = _attention(q, k, v, _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend))
+    call = _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend)
+    out, lse = _attention(q, k, v, call, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -117,7 +94,7 @@ def attention_varlen(
     core.check_array("cu_seqlens_k", cu_seqlens_k, Tensor)
     drawn = _seed(seed, options)
     call = _Call(alibi_slopes, drawn, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, backend)
-    out, lse = _attention(q, k, v, call)
+    out, lse = _attention(q, k, v, call, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -177,21 +154,28 @@ def fresh_seed() -> int:
 # ------------------------------------------------------------------------------------------------ which way
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    slopes = call.alibi_slopes
-    if isinstance(slopes, Tensor) and slopes.requires_grad and is_grad_enabled():
-        raise ValueError("alibi_slopes must not require grad, as they get none: pass alibi_slopes.detach()")
+def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -> tuple[Tensor, Any]:
     compiling = is_compiling()
-    if compiling or _is_any_autocast_enabled():
-        q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    if compiling or not _eager(q, k, v):
-        _check_tensors(q, k, v, call)
-        if compiling or peek_interpreter_stack() is None:
-            return _forward_operator(q, k, v, *_flat(call))
-        return _apply_transformed(q, k, v, call)
+    autocast = compiling or _is_any_autocast_enabled()
+    kind = None if compiling else _kind(call, torch.get_autocast_dtype(q.device.type) if autocast else None)
+    problem = kind.recall(q, k, v) if kind else None
+    if problem is None:
+        slopes = call.alibi_slopes
+        if isinstance(slopes, Tensor) and slopes.requires_grad and is_grad_enabled():
+            raise ValueError("alibi_slopes must not require grad, as they get none: pass alibi_slopes.detach()")
+        if autocast:
+            q, k, v = _autocast(q), _autocast(k), _autocast(v)
+        if compiling or not _eager(q, k, v):
+            _check_tensors(q, k, v, call)
+            if compiling or peek_interpreter_stack() is None:
+                return _forward_operator(q, k, v, *_flat(call))
+            return _apply_transformed(q, k, v, call)
+        problem = _problem(q, k, v, call, call.options)
+        if kind:
+            kind.remember(problem, q, k, v)
     if _differentiable(q, k, v):
-        return _apply_eagerly(q, k, v, call)
-    return _forward(q, k, v, call)
+        return _apply_eagerly(q, k, v, call, problem)
+    return _forward(q, k, v, problem, _extras(problem, call), return_lse)
 
 
 def _attention_backward(
@@ -199,29 +183,30 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = dout, q, k, v, out, lse
     compiling = is_compiling()
-    if compiling or not _eager(q, k, v, dout, out, lse):
-        _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
-        if compiling or peek_interpreter_stack() is None:
-            return _backward_operator(*tensors, *_flat(call))
-        return _apply_gradients(*tensors, call)
+    kind = None if compiling else _kind(call, torch.are_deterministic_algorithms_enabled())
+    bp = kind.recall(*tensors) if kind else None
+    if bp is None:
+        if compiling or not _eager(q, k, v, dout, out, lse):
+            _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
+            if compiling or peek_interpreter_stack() is None:
+                return _backward_operator(*tensors, *_flat(call))
+            return _apply_gradients(*tensors, call)
+        bp = _backward_problem(*tensors, call)
+        if kind:
+            kind.remember(bp, *tensors)
     if _differentiable(*tensors):  # create_graph=True
         return _apply_gradients(*tensors, call)
-    return _backward(*tensors, call)
-
-
-def _recorded() -> bool:
-    """Whether something records, or changes, what is done to tensors."""
-    return (
-        _len_torch_dispatch_stack() != 0
-        or peek_interpreter_stack() is not None  # functorch
-        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True)
-        or _get_tracing_state() is not None  # torch.jit.trace
-    )
+    return _backward(*tensors, bp, _extras(bp.problem, call))
 
 
 def _eager(*tensors: Tensor) -> bool:
     """Whether tensors are plain memory, all of the CPU or all of GPUs, and nothing records what is done to them."""
-    if _recorded():
+    if (
+        _len_torch_dispatch_stack() != 0
+        or peek_interpreter_stack() is not None  # functorch
+        or _dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True)
+        or _get_tracing_state() is not None  # torch.jit.trace
+    ):
         return False
     cuda = tensors[0].is_cuda
     for x in tensors:
@@ -272,60 +257,59 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, call: _Call, **others: Tenso
 # ------------------------------------------------------------------------------------------------ the work itself
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-    """out, contiguous in the caller's layout, and the LSE."""
-    problem = _problem(q, k, v, call, call.options)
-    extras = _extras(problem, call)
-    out = q.new_empty(problem.out_shape)
-    lse = q.new_empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype])
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: dict[str, Any], return_lse: bool = True
+) -> tuple[Tensor, Any]:
+    """out, contiguous in the caller's layout, and the LSE; None for that if nobody wants it, on a GPU."""
+    empty = _empty_on(q)
+    out = empty(problem.out_shape, dtype=q.dtype)
+    lse: Any = empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype]) if return_lse or not q.is_cuda else None
     if problem.device < 0:
         host.forward(problem, *(_array(x) for x in (q, k, v, out, lse)), **extras)
     else:
-        pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
-        stream = _raw_stream(problem.device)
-        workspace = _workspace(q, problem)
-        launch.forward(problem, *pointers, stream, **extras, workspace=_address(workspace))
+        size = launch.workspace_bytes(problem)  # often 0
+        workspace = empty((size,), dtype=torch.uint8) if size else None
+        pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(lse)
+        launch.forward(problem, *pointers, _raw_stream(problem.device), **extras, workspace=_address(workspace))
     return out, lse
 
 
-def _workspace(q: Tensor, problem: Problem) -> Tensor | None:
-    """What the forward pass needs besides its arguments and results: often nothing."""
-    size = launch.workspace_bytes(problem)
-    return q.new_empty(size, dtype=torch.uint8) if size else None
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bp: BackwardProblem, extras: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous in the caller's layout."""
+    if bp.dout_strides[-1] != 1:  # expanded, as by out.sum(): a copy costs less than loads of one element at a time
+        dout = dout.contiguous()
+        bp = _cached_backward(bp.problem, _key(dout), _key(out), _key(lse))
+    empty = _empty_on(q)
+    dq, dk, dv = (empty(shape, dtype=q.dtype) for shape in (bp.dq_shape, bp.dk_shape, bp.dv_shape))
+    if bp.problem.device < 0:
+        host.backward(bp, *(_array(x) for x in (dout, q, k, v, out, lse, dq, dk, dv)), **extras)
+    else:
+        workspace = empty((launch.workspace_bytes(bp),), dtype=torch.uint8)
+        inputs = dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
+        outputs = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), workspace.data_ptr()
+        launch.backward(bp, *inputs, *outputs, _raw_stream(bp.problem.device), **extras)
+    return dq, dk, dv
+
+
+def _empty_on(q: Tensor) -> Callable[..., Tensor]:
+    """What allocates contiguous tensors where q is."""
+    return _empty_on_current if q.is_cuda and q.get_device() == _current_device() else q.new_empty
+
+
+def _empty_on_current(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+    return _empty_cuda(shape, _row_major(shape), dtype)
 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, contiguous in the caller's layout."""
-    options = call.options
-    if torch.are_deterministic_algorithms_enabled():
-        options = options._replace(deterministic=True)
-    problem = _problem(q, k, v, call, options)
-    extras = _extras(problem, call)
-    bp = _backward_problem(problem, dout, out, lse)
-    if bp.dout_strides[-1] != 1:  # expanded, as by out.sum(): a copy costs less than loads of one element at a time
-        dout = dout.contiguous()
-        bp = _backward_problem(problem, dout, out, lse)
-    dq, dk, dv = q.new_empty(bp.dq_shape), k.new_empty(bp.dk_shape), v.new_empty(bp.dv_shape)
-    if problem.device < 0:
-        host.backward(bp, *(_array(x) for x in (dout, q, k, v, out, lse, dq, dk, dv)), **extras)
-    else:
-        workspace = q.new_empty(launch.workspace_bytes(bp), dtype=torch.uint8)
-        inputs = dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
-        outputs = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), workspace.data_ptr()
-        launch.backward(bp, *inputs, *outputs, _raw_stream(problem.device), **extras)
-    return dq, dk, dv
-
-
 def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> Problem:
     if call.cu_seqlens_q is None and call.alibi_slopes is None:
         try:
-            return _dense(*_key(q), *_key(k), *_key(v), options)[0]
+            return _dense(*_key(q), *_key(k), *_key(v), options)
         except (AttributeError, TypeError, ValueError):  # what is wrong will be named on the way below
             pass
     views = _view("q", q), _view("k", k), _view("v", v)
@@ -336,11 +320,73 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> 
     return core.varlen(*views, *offsets, call.max_seqlen_q, call.max_seqlen_k, slopes, options)
 
 
-def _backward_problem(problem: Problem, dout: Tensor, out: Tensor, lse: Tensor) -> BackwardProblem:
+def _backward_problem(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
+) -> BackwardProblem:
+    options = call.options
+    if torch.are_deterministic_algorithms_enabled():
+        options = options._replace(deterministic=True)
+    problem = _problem(q, k, v, call, options)
     try:
         return _cached_backward(problem, _key(dout), _key(out), _key(lse))
     except (AttributeError, TypeError, ValueError):
         return core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
+
+
+class _Kind:
+    """Calls with the same arguments besides the tensors: the last few problems, and guards that know them again.
+
+    The guards are torch.compile's: at one glance they compare types, dtypes, devices, shapes, strides, requires_grad
+    and the dispatch keys in force, by which functorch, tracers and autocast show. To ask for all that takes five times
+    as long.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[Any, Callable[..., bool]], ...] = ()
+        self._once: set[Any] = set()  # guards take 6 us to make: for the second call like it
+
+    def recall(self, *tensors: Tensor) -> Any:
+        """The problem of the call with these, if it is known."""
+        if _len_torch_dispatch_stack() == 0 and _aligned(tensors):
+            for problem, same in self._known:
+                if same(*tensors):
+                    return problem
+        return None
+
+    def remember(self, problem: Any, *tensors: Tensor) -> None:
+        if problem not in self._once:
+            if len(self._once) == 64:
+                self._once.clear()
+            self._once.add(problem)
+        elif (
+            _TensorGuards and _aligned(tensors) and len({id(x) for x in tensors}) == len(tensors)
+        ):  # no guards for twins
+            self._once.discard(problem)
+            sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+            same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+            self._known = ((problem, same), *self._known[:3])
+
+
+def _aligned(tensors: tuple[Tensor, ...]) -> bool:
+    addresses = 0
+    for x in tensors:
+        addresses |= x.data_ptr()
+    return addresses & 15 == 0
+
+
+def _kind(call: _Call, setting: Any) -> _Kind | None:
+    """None where an argument is a tensor, or not hashable: there is no telling such calls by their arguments."""
+    if call.alibi_slopes is not None or call.seed is not None or call.cu_seqlens_q is not None:
+        return None
+    try:
+        return _kinds(call, setting)
+    except TypeError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _kinds(call: _Call, setting: Any) -> _Kind:
+    return _Kind()
 
 
 # `anyattn.problem` has caches too, but the Views that key them take longer to build than all the rest of a look-up.
@@ -356,13 +402,15 @@ def _from_key(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, d
     return View(ptr, tuple(shape), strides, _DTYPES[dtype], device)
 
 
+_row_major = lru_cache(maxsize=4096)(core.row_major)
+
+
 @lru_cache(maxsize=4096)
-def _dense(*keys_and_options: Any) -> tuple[Problem, tuple[int, ...]]:
-    """The problem of a dense call without slopes, from the keys of q, k and v in a row; and the output's strides."""
+def _dense(*keys_and_options: Any) -> Problem:
+    """The problem of a dense call without slopes, from the keys of q, k and v in a row."""
     *keys, options = keys_and_options
     q, k, v = (_from_key(*keys[i : i + 5]) for i in (0, 5, 10))
-    problem = core.dense(q, k, v, None, options)
-    return problem, core.row_major(problem.out_shape)
+    return core.dense(q, k, v, None, options)
 
 
 @lru_cache(maxsize=4096)
@@ -383,17 +431,23 @@ def _array(x: Tensor) -> npt.NDArray[Any]:
 
 def _extras(problem: Problem, call: _Call) -> dict[str, Any]:
     """The keyword arguments of `anyattn.host` or `anyattn.launch`."""
-    tensors = {"alibi": call.alibi_slopes, "cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
-    seed = 0 if call.seed is None else int(call.seed) % 2**64
-    if problem.device >= 0:
-        if call.backend == "cpu":
-            raise ValueError(f"backend='cpu' needs tensors in host memory, got q on cuda:{problem.device}")
-        return {"seed": seed, **{name: _address(x) for name, x in tensors.items()}}
-    arrays = {name: None if x is None else _array(x) for name, x in tensors.items()}
-    if arrays["cu_seqlens_q"] is not None and arrays["cu_seqlens_k"] is not None:
-        core.check_cu_seqlens("cu_seqlens_q", arrays["cu_seqlens_q"], problem.total_q, problem.seqlen_q)
-        core.check_cu_seqlens("cu_seqlens_k", arrays["cu_seqlens_k"], problem.total_k, problem.seqlen_k)
-    return {"seed": seed, "backend": call.backend, **arrays}
+    extras: dict[str, Any] = {}
+    on_gpu = problem.device >= 0
+    if on_gpu and call.backend == "cpu":
+        raise ValueError(f"backend='cpu' needs tensors in host memory, got q on cuda:{problem.device}")
+    if not on_gpu:
+        extras["backend"] = call.backend
+    if call.seed is not None:
+        extras["seed"] = int(call.seed) % 2**64
+    if call.alibi_slopes is not None:
+        extras["alibi"] = call.alibi_slopes.data_ptr() if on_gpu else _array(call.alibi_slopes)
+    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
+        offsets = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+        extras |= {name: x.data_ptr() if on_gpu else _array(x) for name, x in offsets.items()}
+        if not on_gpu:
+            core.check_cu_seqlens("cu_seqlens_q", extras["cu_seqlens_q"], problem.total_q, problem.seqlen_q)
+            core.check_cu_seqlens("cu_seqlens_k", extras["cu_seqlens_k"], problem.total_k, problem.seqlen_k)
+    return extras
 
 
 def _current_stream(device: int) -> int:
@@ -402,7 +456,10 @@ def _current_stream(device: int) -> int:
 
 _raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 # As Inductor's code allocates: on the current device, without the dispatcher.
-_empty_cuda: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+_empty_cuda: Callable[..., Tensor] = getattr(guards, "_empty_strided_cuda", None) or (
+    lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+)
+_TensorGuards: Callable[..., Any] | None = getattr(guards, "TensorGuards", None)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
@@ -429,14 +486,14 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 class _EagerAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, call)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call, problem: Problem) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, problem, _extras(problem, call))
         _save(ctx, q, k, v, call, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
-        return *_differentiate(ctx, dout), None
+        return *_differentiate(ctx, dout), None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -446,7 +503,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, call: _Call) -> tuple[Tensor, Tensor]:
-        return _forward(q, k, v, call) if _eager(q, k, v) else _forward_operator(q, k, v, *_flat(call))
+        return (_forward_kernel if _eager(q, k, v) else _forward_operator)(q, k, v, *_flat(call))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, _Call], output: tuple[Tensor, Tensor]) -> None:
@@ -465,7 +522,7 @@ class _Gradients(torch.autograd.Function):
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         if _eager(q, k, v, dout, out, lse):
-            return _backward(dout, q, k, v, out, lse, call)
+            return _backward_kernel(dout, q, k, v, out, lse, *_flat(call))
         return _backward_operator(dout, q, k, v, out, lse, *_flat(call))
 
     @staticmethod
@@ -506,7 +563,9 @@ def _unflat(flat: tuple[Any, ...]) -> _Call:
 
 
 def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, _unflat(flat))
+    call = _unflat(flat)
+    problem = _problem(q, k, v, call, call.options)
+    return _forward(q, k, v, problem, _extras(problem, call))
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
@@ -529,7 +588,9 @@ def _forward_gradient(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor
 def _backward_kernel(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(dout, q, k, v, out, lse, _unflat(flat))
+    call = _unflat(flat)
+    bp = _backward_problem(dout, q, k, v, out, lse, call)
+    return _backward(dout, q, k, v, out, lse, bp, _extras(bp.problem, call))
 
 
 def _backward_fake(

@@ -9,6 +9,7 @@ import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -53,6 +54,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (x.repeat_interleave(group, 2) for x in (k, v))
     scores = torch.einsum("bshd,bthd->bhst", q, k) * q.shape[-1] ** -0.5
     return torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v)
+
+
+def plain_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, each row blind to the keys behind it, bottom right."""
+    group, rows, keys = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * q.shape[-1] ** -0.5
+    hidden = torch.ones(rows, keys, dtype=torch.bool, device=q.device).triu(keys - rows + 1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num()  # a row that sees nothing: 0
+    return torch.einsum("bhst,bthd->bshd", weights, v)
 
 
 def total(x: Tensor) -> Tensor:
@@ -409,6 +420,122 @@ def test_plain_calls_skip_the_operators(monkeypatch: pytest.MonkeyPatch) -> None
     q, k, v = (x.detach() for x in inputs)
     out, pullback = anyattn.attention_vjp(q, k, v, dropout=0.5)
     pullback(out)
+
+
+@pytest.fixture
+def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the adapter has looked up or computed, rather than known again."""
+    found: list[Any] = []
+    for name in ("_problem", "_backward_problem", "_forward_operator"):
+        original = getattr(adapter, name)
+
+        def spy(*args: Any, name: str = name, original: Any = original) -> Any:
+            found.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(adapter, name, spy)
+    return found
+
+
+def familiar(device: str = "cpu", grad: bool = False, **sizes: Any) -> list[Tensor]:
+    """Tensors of a kind that has come often enough to be known again."""
+    inputs = operands(device, grad=grad, **sizes)
+    for _ in range(3):
+        out = anyattn.attention(*inputs, causal=True)
+        if grad:
+            total(out).backward()
+    return inputs
+
+
+@on_each_device
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_kind_of_call_is_known_again(grad: bool, device: str, lookups: list[Any]) -> None:
+    familiar(device, grad, s_q=9)
+    lookups.clear()
+    q, k, v = operands(device, grad=grad, s_q=9)
+    out = anyattn.attention(q, k, v, causal=True)
+    if grad:
+        close(torch.autograd.grad(total(out), (q, k, v)), gradients(plain_causal, q, k, v))
+    close(out, plain_causal(q, k, v))
+    assert not lookups
+
+
+def another(change: str, x: Tensor) -> Tensor:
+    if change == "shape":
+        return x[:, 1:]
+    if change == "strides":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if change == "dtype":
+        return x.double()
+    if change == "alignment":
+        return torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)
+    if change == "negated":
+        return torch._neg_view(x)
+    return x.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("change", ["shape", "strides", "dtype", "alignment", "negated", "requires_grad"])
+def test_another_kind_of_call_is_told_apart(change: str, lookups: list[Any]) -> None:
+    inputs = [another(change, x) for x in familiar(s_q=7)]
+    lookups.clear()
+    close(anyattn.attention(*inputs, causal=True), plain_causal(*inputs))
+    assert lookups
+
+
+def _vmapped(attention: Any, inputs: list[Tensor]) -> Tensor:
+    return torch.vmap(lambda scale: attention(*inputs) * scale)(torch.ones(1))[0]
+
+
+def _faked(attention: Any, inputs: list[Tensor]) -> Tensor:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(attention(*inputs), FakeTensor)
+    return attention(*inputs)
+
+
+def _made(attention: Any, inputs: list[Tensor], **mode: Any) -> Tensor:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(lambda *x: attention(*x), **mode)(*inputs)
+    return graph(*(0 * x for x in inputs)) + graph(*inputs)
+
+
+def _traced(attention: Any, inputs: list[Tensor]) -> Tensor:
+    traced = torch.jit.trace(lambda *x: attention(*x), tuple(inputs))
+    return traced(*(0 * x for x in inputs)) + traced(*inputs)
+
+
+def _cast(attention: Any, inputs: list[Tensor]) -> Tensor:
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            for x in (inputs, [x.bfloat16() for x in inputs]):
+                assert [attention(*x).dtype for _ in range(4)] == [dtype] * 4
+    return attention(*inputs)
+
+
+@pytest.mark.parametrize(
+    "recorder", [_vmapped, _faked, _made, partial(_made, pre_dispatch=True), _traced, _cast], ids=str
+)
+def test_what_records_a_familiar_call_sees_it(recorder: Any) -> None:
+    inputs = familiar()
+    close(recorder(partial(anyattn.attention, causal=True), inputs), plain_causal(*inputs))
+
+
+def test_deterministic_algorithms_after_a_familiar_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = familiar(grad=True)
+    asked: list[bool] = []
+    backward = adapter._backward
+    monkeypatch.setattr(
+        adapter, "_backward", lambda *args: (asked.append(args[6].problem.deterministic), backward(*args))[1]
+    )
+    for wanted in (False, True, False):
+        torch.use_deterministic_algorithms(wanted)
+        try:
+            total(anyattn.attention(*inputs, causal=True)).backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == [False, True, False]
 
 
 def test_subclass() -> None:
