@@ -358,9 +358,7 @@ class _Kind:
             if len(self._once) == 64:
                 self._once.clear()
             self._once.add(problem)
-        elif (
-            _TensorGuards and _aligned(tensors) and len({id(x) for x in tensors}) == len(tensors)
-        ):  # no guards for twins
+        elif _TensorGuards and _aligned(tensors) and len({id(x) for x in tensors}) == len(tensors):
             self._once.discard(problem)
             sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
             same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check

@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,49 @@ class CharLM(nn.Module):
         return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
 
 
+class TrainingStep:
+    """One step of training: the loss of a batch, its gradients, the optimizer's update.
+
+    On a GPU a small model computes for less time than Python takes to ask for it. So after a few steps, one is captured
+    in a CUDA graph, which a single launch replays from then on.
+    """
+
+    WARM_UP = 3  # steps that load kernels and make the optimizer's state, which a capture can't
+
+    def __init__(self, model: CharLM, learning_rate: float, batch: int, context: int, device: torch.device) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, capturable=device.type == "cuda")
+        self.windows = torch.empty(batch, context + 1, dtype=torch.int64, device=device)  # a graph reads it in place
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: Any = None  # PyTorch captures no default stream
+        if device.type == "cuda":
+            self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __call__(self, windows: Tensor) -> float:
+        """Train on characters (batch, context + 1); returns the mean cross-entropy of the next character, in nats."""
+        with torch.cuda.stream(self.stream):
+            self.windows.copy_(windows)
+            if self.graph is None or self.steps < self.WARM_UP:
+                self.loss = self.compute()
+            else:
+                if self.steps == self.WARM_UP:
+                    with torch.cuda.graph(self.graph, stream=self.stream):
+                        self.loss = self.compute()
+                self.graph.replay()
+            self.steps += 1
+            return self.loss.item()
+
+    def compute(self) -> Tensor:
+        self.optimizer.zero_grad()
+        logits = self.model(self.windows[:, :-1])
+        loss = functional.cross_entropy(logits.flatten(0, 1), self.windows[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss
+
+
 def train(
     text: str,
     attention: Attention,
@@ -80,21 +124,15 @@ def train(
     device: str = "cpu",
     seed: int = 0,
 ) -> Iterator[float]:
-    """Train on `text` and yield each step's loss: the mean cross-entropy of the next character, in nats."""
+    """Train on `text` and yield each step's loss."""
     torch.manual_seed(seed)
     characters = {character: index for index, character in enumerate(sorted(set(text)))}
     data = torch.tensor([characters[character] for character in text])
     model = CharLM(len(characters), context, width, heads, layers, attention).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    step = TrainingStep(model, learning_rate, batch, context, torch.device(device))
     windows = data.unfold(0, context + 1, 1)  # every stretch of context + 1 characters, without a copy
     for _ in range(steps):
-        chosen = windows[torch.randint(len(windows), (batch,))].to(device)
-        logits = model(chosen[:, :-1])
-        loss = functional.cross_entropy(logits.flatten(0, 1), chosen[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        yield loss.item()
+        yield step(windows[torch.randint(len(windows), (batch,))])
 
 
 def draw(curves: Mapping[str, list[float]], path: Path) -> None:
