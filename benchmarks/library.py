@@ -167,16 +167,22 @@ def _peak(call: Callable[[], object]) -> float:
 
 
 def host() -> Iterator[Row]:
-    """Host time of one small call (B1 S64 H4 D64 bfloat16, no gradient), which the GPU outruns."""
+    """Host time of one small call (B1 S64 H4 D64 bfloat16, no gradient), which the GPU outruns.
+
+    PyTorch's call takes the transposes from and to the same (batch, sequence, heads, head dim) along; "FLASH bhsd" is
+    without them, of tensors that lie as PyTorch wants them.
+    """
     import cupy
     import ml_dtypes
     import torch
     from torch.nn.attention import sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
 
     import anyattn
     from anyattn.bench import rivals
 
     q, k, v, _ = _random((1, 64, 4, 64), "bfloat16")
+    transposed = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     rng = np.random.default_rng(0)
     arrays = [cupy.asarray(rng.standard_normal(q.shape).astype(ml_dtypes.bfloat16)) for _ in range(3)]
     names = ("FLASH", "CUDNN", "EFFICIENT")
@@ -184,10 +190,11 @@ def host() -> Iterator[Row]:
         "CuPy in": partial(anyattn.attention, *arrays),
         "PyTorch in": partial(anyattn.attention, q, k, v),
         **dict.fromkeys(names, partial(rivals.plain_sdpa, q, k, v, False)),
+        "FLASH bhsd": partial(scaled_dot_product_attention, *transposed),
     }
-    backends = {name: partial(sdpa_kernel, rivals.SDPA[name]) for name in names}
+    backends = {name: partial(sdpa_kernel, rivals.SDPA[name.split()[0]]) for name in (*names, "FLASH bhsd")}
     us = _host_times(calls, backends, torch.cuda.synchronize)
-    beside = {name: us[name] for name in names}
+    beside = {name: us[name] for name in backends}
     for what in ("CuPy in", "PyTorch in"):
         yield Row("host", f"{what} (limit: FLASH / 2)", "us", us[what], beside, us["FLASH"] / 2, more=False)
 
