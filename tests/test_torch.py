@@ -486,6 +486,11 @@ def _vmapped(attention: Any, inputs: list[Tensor]) -> Tensor:
     return torch.vmap(lambda scale: attention(*inputs) * scale)(torch.ones(1))[0]
 
 
+def _differentiated(attention: Any, inputs: list[Tensor]) -> Tensor:
+    torch.func.grad(lambda q: attention(q, *inputs[1:]).sum())(inputs[0])
+    return attention(*inputs)
+
+
 def _faked(attention: Any, inputs: list[Tensor]) -> Tensor:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -515,7 +520,7 @@ def _cast(attention: Any, inputs: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "recorder", [_vmapped, _faked, _made, partial(_made, pre_dispatch=True), _traced, _cast], ids=str
+    "recorder", [_vmapped, _differentiated, _faked, _made, partial(_made, pre_dispatch=True), _traced, _cast], ids=str
 )
 def test_what_records_a_familiar_call_sees_it(recorder: Any) -> None:
     inputs = familiar()
