@@ -202,6 +202,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         }
         named_barrier_sync(own_barrier, 128);
         dout_stages.release(step.stage);
+        dq_ring.wait_empty();
         hand_over(dq, shared, number, dq_ring);
       } else {
         const auto start_half = [&](int half) {
@@ -229,6 +230,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           finished(dv[1][0], p_words);
           dout_stages.release(step.stage);
           start_gradient(dk[1][0], ds_words, q);
+          dq_ring.wait_empty();
           wgmma_wait<1>();
           pin(dq[0]);
           hand_over(dq, shared, number, dq_ring);
@@ -239,6 +241,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           fence_async_shared();
           named_barrier_sync(own_barrier, 128);
           start_dq<KEYS / 16>(dq, ds_smem, shared.k());
+          dq_ring.wait_empty();
           wgmma_wait<0>();
           pin(dq[0]);
           hand_over(dq, shared, number, dq_ring);

@@ -165,6 +165,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           dout_stages.release(q_ring.stage);
         }
 
+        dq_ring.wait_empty();
         hand_over(dq, shared, number, dq_ring);
         wgmma_wait<0>();
         pin(dk[0]);

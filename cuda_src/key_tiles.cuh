@@ -186,6 +186,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
         const unsigned source = shared.dq(consumer, ring.stage);
         bool first;
         ring.wait();
+        fence_async_shared();  // for its writers, too: they would lose hundreds of cycles to it
         // Wrong lengths may share a ticket: never wait for equality.
         if constexpr (DETERMINISTIC) {
           const int turn = band.key_blocks(block * BLOCK_M, BLOCK_M, BLOCK_N).end - 1 - work.first / BLOCK_N;
@@ -236,14 +237,12 @@ __device__ __forceinline__ void put_dq(const float (&dq)[COUNT][4], unsigned pla
 // All of it is there, for the thread that takes it away.
 template <int STAGES>
 __device__ __forceinline__ void say_full(const Ring<STAGES>& ring) {
-  fence_async_shared();
   __syncwarp();
   if (threadIdx.x % 32 == 0) ring.stages.full(ring.stage).arrive();
 }
-// The whole share.
+// The whole share, to a place that is empty.
 template <class Shared>
 __device__ __forceinline__ void hand_over(const QFragments& dq, const Shared& shared, int number, const Ring<2>& ring) {
-  ring.wait_empty();
   put_dq(dq[0], shared.dq(number, ring.stage), 0);
   say_full(ring);
 }

@@ -149,6 +149,7 @@ FAULTS = [
     Fault("no_wait_for_scores", "wgmma_wait<1>();\n          finish_", "finish_", "before it was waited for"),
     Fault("no_wait_for_products", "wgmma_wait<0>();\n    pin(o[0]);", "pin(o[0]);", "before it was waited for"),
     Fault("no_register_fence", "    pin(probs);\n    wgmma_fence();", "    pin(probs);", "without a wgmma.fence"),
+    Fault("no_fence_for_others", "fence_async_shared();  // for its writers, too", "//", "without fence.proxy.async"),
     Fault("no_proxy_fence", "fence_async_shared();  // before Q comes here again", "", "without fence.proxy.async"),
 ]  # fmt: skip
 

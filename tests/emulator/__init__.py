@@ -13,10 +13,11 @@ as late as it may be (`Timing`), or comes at a random moment. `--seed` leads to 
 
 What it reports: deadlocks, with the place of every warp; lanes that diverge at a collective; barriers that are not
 initialised or get too many arrivals; shared memory that is read while a load is on its way into it, or overwritten
-while wgmma or a bulk store has yet to read it; what TMA or wgmma take without the writer's fence.proxy.async;
-accumulators and A registers that change in flight (and who reads them gets NaN); bulk copies, atomics and cp.async
-outside of the arrays; wrong alignment. Shared memory starts as NaN. (A write of what stands there already is no fault:
-two warpgroups may clear the same rows, one after the other.) Each comes with the source lines that led to it.
+while wgmma or a bulk store has yet to read it; what TMA or wgmma take without a fence.proxy.async, by the writer or by
+a thread that it told of it through an mbarrier; accumulators and A registers that change in flight (and who reads them
+gets NaN); bulk copies, atomics and cp.async outside of the arrays; wrong alignment. Shared memory starts as NaN. (A
+write of what stands there already is no fault: two warpgroups may clear the same rows, one after the other.) Each comes
+with the source lines that led to it.
 
 What it can't show: time; registers and spills; whether the compiler serialises wgmma; bank conflicts; the weak order of
 plain accesses, within a block or between blocks (each is done at once, for all to see); plain accesses to global memory

@@ -24,13 +24,18 @@ void mbarrier_arrive(unsigned address, int count, long bytes) {
   b.bytes += bytes;
   b.pending -= count;
   if (b.pending < 0) fatal("the mbarrier at %u: more than %d arrivals in a phase", address, b.count);
-  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, ++b.phase;
+  b.arriving[current->number / LANES] = ++current->warp->arrivals;
+  b.try_complete();
 }
 
 void mbarrier_wait(unsigned address, unsigned parity) {
   if (parity > 1) fatal("mbarrier.try_wait.parity: a parity of %u", parity);
   Mbarrier& b = find(address);
   while ((b.phase & 1) == parity) wait_while(b.phase, b.phase, "an mbarrier", address);
+  for (const auto& [warp, arrivals] : b.arrived) {
+    unsigned& heard = current->heard[warp];
+    heard = std::max(heard, arrivals);
+  }
 }
 
 namespace {

@@ -47,7 +47,12 @@ struct Thread {
   const char* where = "the start";  // where it waits
   unsigned operand = 0;
 
-  std::vector<unsigned> unfenced;  // words of shared memory that it wrote since its last proxy fence
+  struct Write {
+    unsigned word, arrivals;  // of shared memory; how often its warp had arrived at mbarriers before
+  };
+  std::vector<Write> unfenced;                     // since its last proxy fence
+  std::unordered_map<unsigned, unsigned> heard;    // for each warp, how many of its arrivals this thread waited for,
+  std::unordered_map<unsigned, unsigned> covered;  // and how many when it last fenced
   std::vector<BulkStore> stores;
   std::vector<SmallCopy> copies;
   int store_groups = 0, copy_groups = 0;
@@ -78,6 +83,7 @@ struct Warp {
   double pause = 0;  // how likely it is that it does not get its turn
 
   unsigned committed = 0;  // groups of wgmma
+  unsigned arrivals = 0;   // of its lanes, at mbarriers
   std::deque<std::unique_ptr<Product>> products;
   std::vector<std::unique_ptr<Accumulators>> accumulators;
 };
@@ -86,6 +92,14 @@ struct Mbarrier {
   int count, pending;
   long bytes;
   unsigned phase;
+  std::unordered_map<unsigned, unsigned> arriving = {}, arrived = {};  // in this phase, the last: warps, their arrivals
+
+  void try_complete() {
+    if (pending > 0 || bytes != 0) return;
+    pending = count, ++phase;
+    arrived = std::move(arriving);
+    arriving.clear();
+  }
 };
 struct NamedBarrier {
   int arrived = 0, count = 0;

@@ -1,7 +1,8 @@
 // Shared memory and what comes and goes in the background: cp.async, TMA loads, bulk stores.
 //
 // While something is on its way into shared memory, NaNs stand there, and no one may look.  While something has yet to
-// be read, no one may write.  What a thread wrote is not for TMA and wgmma until it has fenced.
+// be read, no one may write.  What a thread wrote is not for TMA and wgmma until it has fenced, or another that heard
+// of it by an mbarrier.
 #include "machine.h"
 
 namespace emulator {
@@ -61,7 +62,7 @@ void schedule(std::function<void()> arrive) {
 void complete(Block& block, unsigned barrier, int bytes) {
   Mbarrier& b = block.mbarriers[barrier];
   b.bytes -= bytes;
-  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, ++b.phase;
+  b.try_complete();
 }
 
 void check_barrier(unsigned barrier, const char* what) {
@@ -130,16 +131,27 @@ void write_shared(unsigned address, const void* content, int bytes, const char* 
     error("%s overwrites shared memory (offset %u) that wgmma or a bulk store has yet to read", what, offset);
   for (unsigned word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
     chunk.unfenced[word % 4] = thread.number + 1;
-    thread.unfenced.push_back(word);
+    thread.unfenced.push_back({word, current->warp->arrivals});
   }
 }
 
+// For this thread's writes, and for those that others told it of by an mbarrier, a warp's lanes for one another.
 void fence_proxy() {
-  for (const unsigned word : current->unfenced) {
-    uint16_t& writer = current->block->chunks[word / 4].unfenced[word % 4];
-    if (writer == current->number + 1) writer = 0;
-  }
+  Block& block = *current->block;
+  const auto cover = [&](const Thread& thread, unsigned arrivals) {
+    for (const Thread::Write& write : thread.unfenced) {
+      uint16_t& writer = block.chunks[write.word / 4].unfenced[write.word % 4];
+      if (writer == thread.number + 1 && write.arrivals < arrivals) writer = 0;
+    }
+  };
+  cover(*current, ~0u);
   current->unfenced.clear();
+  for (const auto& [warp, arrivals] : current->heard) {
+    unsigned& covered = current->covered[warp];
+    if (arrivals == covered) continue;
+    for (const Thread* lane : block.warps[warp].threads) cover(*lane, arrivals);
+    covered = arrivals;
+  }
 }
 
 // Whether all of it lies in one array, as far as the machine knows them.
