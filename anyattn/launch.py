@@ -62,7 +62,6 @@ class _Prepared:
 
     plan: Plan
     launches: tuple[tuple[int, int, int, int], ...]  # CUfunction, blocks, threads of a block, bytes of shared memory
-    ticket_bytes: int
     thread: _ArgumentsOfThread
     maps: tuple[Callable[[tuple[int, ...]], bytes], ...]  # from the pointers, the tensor maps behind Params
     device: int
@@ -99,7 +98,7 @@ def forward(
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)
-    tickets = workspace if prepared.ticket_bytes else 0  # null: tiles by turns
+    tickets = workspace if prepared.plan.ticket_bytes else 0  # null: tiles by turns
     pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, pointers, stream)
 
@@ -234,7 +233,7 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
     if chosen.boxes:
         constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS.size, b"\0")
         maps = tuple(_map(problem, name, params, dict(chosen.boxes).get(name)) for name in _MAPS)
-    return _Prepared(chosen, launches, chosen.ticket_bytes, _ArgumentsOfThread(constants), maps, problem.device)
+    return _Prepared(chosen, launches, _ArgumentsOfThread(constants), maps, problem.device)
 
 
 def _map(
@@ -284,8 +283,8 @@ def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None
         cuda.runtime.setDevice(prepared.device)
         arguments.used = True
     try:
-        if prepared.ticket_bytes:
-            cuda.runtime.memsetAsync(pointers[_TICKETS], 0, prepared.ticket_bytes, stream)
+        if prepared.plan.ticket_bytes:
+            cuda.runtime.memsetAsync(pointers[_TICKETS], 0, prepared.plan.ticket_bytes, stream)
         for function, blocks, threads, shared_bytes in prepared.launches:
             # The driver's own function: a Function would take as long again to look at what it is given.
             cuda.driver.launchKernel(

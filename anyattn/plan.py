@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from anyattn import tensormap, wgmma
 from anyattn.compile import Spec
-from anyattn.problem import ITEMSIZE, UNBOUNDED, BackwardProblem, Problem
+from anyattn.problem import ITEMSIZE, MAX_HEAD_DIM, UNBOUNDED, BackwardProblem, Problem
 
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
 
@@ -170,28 +170,12 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         raise UnsupportedError("they need dout and out at multiples of 16 bytes, row by row, with contiguous columns")
     if reason := tensormap.refusal(bp.dout_strides, problem.total_q or problem.seqlen_q, problem.itemsize):
         raise UnsupportedError(f"they load through tensor maps, but dout {reason}")
-    widest = max(problem.head_dim, problem.head_dim_v)
-    # Dropout and softcap keep more between the products.
-    keeps_more = problem.dropout > 0 or problem.softcap > 0
-    if widest <= 64 and not keeps_more:
-        name = "backward_narrow_sm90"
-    elif widest <= 128:
-        name = "backward_sm90"
-    elif 128 < problem.head_dim <= 192 and widest <= 192 and not keeps_more:
-        name = "backward_192_sm90"
-    else:
-        name = "backward_wide_sm90"
-    wide, transposed = name == "backward_wide_sm90", name == "backward_192_sm90"
-    tile = _tile(name, problem, device, _BACKWARD_SM90_SHARED[name])
+    kernel = next(kernel for kernel in _BACKWARD_SM90 if kernel.takes(problem))
+    tile = _tile(kernel.name, problem, device, kernel.shared)
     key_blocks = _blocks(problem.seqlen_k, tile["BLOCK_N"])
     tiles = key_blocks * problem.heads_kv * problem.batch
     _check_tiles(tiles)
-    columns = _padded(problem.head_dim, _dq_column_step(tile))
-    gradients = [_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v)]
-    if wide:  # panel by panel
-        gradients = [width for columns in gradients for width in (64, columns % 64) if width]
-    widths = [tile["BLOCK_N"] // 2, 64, 32] if transposed else [tile["BLOCK_M"], columns // tile["Q"][1], *gradients]
-    producer_registers, consumer_registers = (24, 240) if wide or keeps_more else (40, 232)
+    producer_registers, consumer_registers = (40, 232) if kernel.stays and not _keeps_more(problem) else (24, 240)
     constants = {
         **_problem_constants(problem, bp.align),
         **_tile_constants(tile),
@@ -201,23 +185,22 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         "SHARED_BYTES": tile["shared"],
         "Q_COLUMN_STEP": _dq_column_step(tile),
         "ROW_SUMS": True,
-        "SET_BY_FIRST": not wide,
-        **({"DOUT_STAGES": _dout_stages(problem)} if transposed else {}),
+        "SET_BY_FIRST": kernel.stays,
     }
     main = _Main(
-        name,
+        kernel.name,
         constants,
-        2 * tiles if wide else min(tiles, device.multiprocessors),
+        min(tiles, device.multiprocessors) if kernel.stays else 2 * tiles,
         128 * (1 + tile["WARPS"] // 4),
-        columns,
-        # Each warp's turn to add; or each slice's, whether or not in order, behind a counter of tiles.
-        tickets=tile["WARPS"] * problem.deterministic if wide else tile["Q"][1],
-        counters=0 if wide else 1,
-        products=wgmma.functions(problem.dtype, widths),
+        _dq_columns(tile, problem),
+        # Each slice's turn to add, whether or not in order, behind a counter of tiles; or each warp's.
+        tickets=tile["Q"][1] if kernel.stays else tile["WARPS"] * problem.deterministic,
+        counters=1 if kernel.stays else 0,
+        products=wgmma.functions(problem.dtype, kernel.products(tile, problem)),
     )
     return replace(
         _backward(bp, device, tile, main),
-        section=1 if wide else _section(problem, key_blocks, device),
+        section=_section(problem, key_blocks, device) if kernel.stays else 1,
         boxes=(("q", tile["BLOCK_M"]), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"]), ("dout", tile["BLOCK_M"])),
     )
 
@@ -227,33 +210,29 @@ def _dq_column_step(tile: dict[str, Any]) -> int:
     return int(tile.get("Q_COLUMN_STEP", 64 * tile["Q"][1] if tile["Q"][1] > 1 else 16))
 
 
-def _backward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
-    d, dv = (
-        _padded(_padded(problem.head_dim, _dq_column_step(tile)), 64),
-        _padded(problem.head_dim_v, 64),
-    )
-    m, n, stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"]
-    elements = (n + stages * m) * (d + dv) + 4 // tile["Q"][1] * m * n  # two of dS, for each consumer if in turn
-    dq = 4 // tile["Q"][1] * m * _padded(problem.head_dim, _dq_column_step(tile)) * 4
-    return int(elements * problem.itemsize + dq + stages * 2 * m * 4 + 32 + 16 * (2 + 2 * stages + 4))
+def _dq_columns(tile: dict[str, Any], problem: Problem) -> int:
+    return _padded(problem.head_dim, _dq_column_step(tile))
 
 
-def _dout_stages(problem: Problem) -> int:
-    """How many blocks of dO have room beside head dims over 128 of K."""
-    return 2 if problem.head_dim_v <= 128 else 1
+def _keeps_more(problem: Problem) -> bool:
+    """Whether a score needs more registers between the products of the backward pass."""
+    return problem.dropout > 0 or problem.softcap > 0
 
 
-def _backward_192_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
-    d, dv = _dq_column_step(tile), _padded(problem.head_dim_v, 64)
-    m, n, stages, dout_stages = tile["BLOCK_M"], tile["BLOCK_N"], tile["STAGES"], _dout_stages(problem)
-    elements = n * (d + dv) + stages * m * d + dout_stages * m * dv + 4 * m * 64  # P and dS of two consumers
-    return int(elements * problem.itemsize + m * d * 4 + stages * 2 * m * 4 + 32 + 16 * (2 + stages + dout_stages + 2))
+def _key_tiles_shared(tile: dict[str, Any], problem: Problem) -> int:
+    columns = _dq_columns(tile, problem)
+    d, dv = _padded(columns, 64), _padded(problem.head_dim_v, 64)
+    m, n, slices = tile["BLOCK_M"], tile["BLOCK_N"], tile["Q"][1]
+    stages, dout_stages, dq_stages = tile["STAGES"], tile["DOUT_STAGES"], tile["DQ_STAGES"]
+    scores = 4 // slices * m * 2 * _padded(n // 2, 64)  # two of P or dS, for each consumer if in turn
+    elements = n * (d + dv) + stages * m * d + dout_stages * m * dv + scores
+    dq, sums = 2 * dq_stages // slices * m * columns * 4, stages * 2 * m * 4
+    return int(elements * problem.itemsize + dq + sums + 32 + 16 * (2 + stages + dout_stages + 2 * dq_stages))
 
 
-def _backward_wide_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
+def _wide_shared(tile: dict[str, Any], problem: Problem) -> int:
     """The larger of what thread blocks for dK and for dV take."""
-    k = _padded(problem.head_dim, _dq_column_step(tile))
-    q, dv = _padded(problem.head_dim, 64), _padded(problem.head_dim_v, 64)
+    k, q, dv = _dq_columns(tile, problem), _padded(problem.head_dim, 64), _padded(problem.head_dim_v, 64)
     m, n = tile["BLOCK_M"], tile["BLOCK_N"]
 
     def part(panels: int, v: int) -> int:
@@ -262,12 +241,49 @@ def _backward_wide_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
     return max(part(tile["Q_STAGES"] + tile["DOUT_STAGES"], dv), part(2 * (q + dv) // 64, 0))
 
 
-_BACKWARD_SM90_SHARED: Final[dict[str, Callable[[dict[str, Any], Problem], int]]] = {
-    "backward_narrow_sm90": _backward_sm90_shared,
-    "backward_sm90": _backward_sm90_shared,
-    "backward_192_sm90": _backward_192_sm90_shared,
-    "backward_wide_sm90": _backward_wide_sm90_shared,
-}
+def _backward_products(tile: dict[str, Any], problem: Problem) -> list[int]:
+    """S^T and dP^T, a consumer's share of dQ, dK, dV."""
+    gradients = (_padded(head_dim, 16) for head_dim in (problem.head_dim, problem.head_dim_v))
+    return [tile["BLOCK_M"], _dq_columns(tile, problem) // tile["Q"][1], *gradients]
+
+
+def _wide_products(tile: dict[str, Any], problem: Problem) -> list[int]:
+    """dK and dV panel by panel."""
+    scores, dq, *gradients = _backward_products(tile, problem)
+    return [scores, dq, *(width for columns in gradients for width in (64, columns % 64) if width)]
+
+
+def _transposed_products(tile: dict[str, Any], problem: Problem) -> list[int]:
+    """All along a consumer's keys, but for a panel and a half of dQ."""
+    return [tile["BLOCK_N"] // 2, 64, 32]
+
+
+@dataclass(frozen=True)
+class _BackwardSm90:
+    """A main kernel of the backward pass on Hopper."""
+
+    name: str
+    head_dims: range  # of Q and K that it takes; V's end there too
+    shared: Callable[[dict[str, Any], Problem], int]  # bytes of memory
+    products: Callable[[dict[str, Any], Problem], list[int]]  # how wide they are
+    keeps_more: bool = True  # whether it takes calls that do
+    stays: bool = True  # a thread block, for tile after tile of keys; or there are two for each
+
+    def takes(self, problem: Problem) -> bool:
+        return (
+            problem.head_dim in self.head_dims
+            and problem.head_dim_v < self.head_dims.stop
+            and (self.keeps_more or not _keeps_more(problem))
+        )
+
+
+# A call goes to the first that takes it.
+_BACKWARD_SM90: Final = (
+    _BackwardSm90("backward_narrow_sm90", range(1, 65), _key_tiles_shared, _backward_products, keeps_more=False),
+    _BackwardSm90("backward_sm90", range(1, 129), _key_tiles_shared, _backward_products),
+    _BackwardSm90("backward_192_sm90", range(129, 193), _key_tiles_shared, _transposed_products, keeps_more=False),
+    _BackwardSm90("backward_wide_sm90", range(1, MAX_HEAD_DIM + 1), _wide_shared, _wide_products, stays=False),
+)
 
 
 def _forward_sm90_shared(tile: dict[str, Any], problem: Problem) -> int:
@@ -396,7 +412,7 @@ def default_specs(arch: str) -> list[Spec]:
     planners: list[tuple[str, Any, Any]] = [
         ("forward_sm90", _forward_sm90_shared, _forward_sm90),
         ("forward_sm80", _forward_shared, _forward_sm80),
-        *((name, shared, _backward_sm90) for name, shared in _BACKWARD_SM90_SHARED.items()),
+        *((kernel.name, kernel.shared, _backward_sm90) for kernel in _BACKWARD_SM90),
         ("backward_sm80", _backward_shared, _backward_sm80),
     ]
     for name, shared, planner in planners:

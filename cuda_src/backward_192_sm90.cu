@@ -23,50 +23,18 @@
 constexpr int KEY_TILES = KEYS / 8;                                      // products of 8 keys along S
 constexpr int DK_TILES = TileK::COLS / 64, DV_TILES = TileV::COLS / 64;  // of 64 head dims down dK^T and dV^T
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
-static_assert(BLOCK_N == 96 && D == 192 && TileK::COLS == D);
+static_assert(BLOCK_N == 96 && D == 192 && TileK::COLS == D && !IN_TURN && DQ_STAGES == 1);
+static_assert(StoredK::BYTES <= SLICE * 4 && StoredV::BYTES <= SLICE * 4);
 
-using TileP = Tile<Element, BLOCK_M, 64>;  // P or dS of a consumer's keys, its first columns
+using TileP = Tile<Element, BLOCK_M, 64>;  // P or dS of a consumer's keys: its panel of TileS
 using Scores = float[1][KEY_TILES][4];     // [BLOCK_M, KEYS]
 
-// Dynamic shared memory.
-struct Shared {
-  static constexpr bool IN_TURN = false;
-  static constexpr int SLICES = CONSUMERS, SLICE = BLOCK_M * D / SLICES;  // of dQ, of a block of rows
-  static constexpr int ROW_SUMS = 2 * BLOCK_M * 4;
-  static constexpr int V = TileK::BYTES, Q = V + TileV::BYTES, DOUT = Q + STAGES * TileQ::BYTES;
-  static constexpr int P = DOUT + DOUT_STAGES * TileO::BYTES, DS = P + CONSUMERS * TileP::BYTES;
-  static constexpr int DQ = DS + CONSUMERS * TileP::BYTES, SUMS = DQ + CONSUMERS * SLICE * 4;
-  static constexpr int WORK = SUMS + STAGES * ROW_SUMS, RINGS = WORK + Work::BYTES;
-  static constexpr int BYTES = RINGS + 16 * (2 + STAGES + DOUT_STAGES + CONSUMERS);
-  static_assert(StoredK::BYTES <= SLICE * 4 && StoredV::BYTES <= SLICE * 4);
-  unsigned base;
-
-  __device__ __forceinline__ TileK k() const { return {base}; }
-  __device__ __forceinline__ TileV v() const { return {base + V}; }
-  __device__ __forceinline__ TileQ q(int stage) const { return {base + Q + stage * TileQ::BYTES}; }
-  __device__ __forceinline__ TileO dout(int stage) const { return {base + DOUT + stage * TileO::BYTES}; }
-  __device__ __forceinline__ TileP p(int consumer) const { return {base + P + consumer * TileP::BYTES}; }
-  __device__ __forceinline__ TileP ds(int consumer) const { return {base + DS + consumer * TileP::BYTES}; }
-  __device__ __forceinline__ unsigned dq(int consumer, int = 0) const { return base + DQ + consumer * SLICE * 4; }
-  __device__ __forceinline__ unsigned sums(int stage) const { return base + SUMS + stage * ROW_SUMS; }
-  __device__ __forceinline__ unsigned work() const { return base + WORK; }
-  __device__ __forceinline__ Stages<1> work_stages() const { return {base + RINGS}; }
-  __device__ __forceinline__ Stages<1> kv_stages() const { return {base + RINGS + 16}; }
-  __device__ __forceinline__ Stages<STAGES> q_stages() const { return {base + RINGS + 32}; }
-  __device__ __forceinline__ Stages<DOUT_STAGES> dout_stages() const { return {base + RINGS + 16 * (2 + STAGES)}; }
-  __device__ __forceinline__ Stages<1> dq_stages(int consumer) const {
-    return {base + RINGS + 16 * (2 + STAGES + DOUT_STAGES + consumer)};
-  }
-
-  __device__ __forceinline__ void init() const {
-    work_stages().init(32 * WARPS + CONSUMERS + 1);
-    kv_stages().init(WARPS);
-    q_stages().init(WARPS);
-    dout_stages().init(WARPS);
-    for (int consumer = 0; consumer < CONSUMERS; ++consumer) dq_stages(consumer).init(1, 4);
-    fence_barrier_init();
-  }
-};
+__device__ __forceinline__ TileP p_tile(const Shared& shared, int consumer) {
+  return {shared.s(0).base + consumer * TileP::BYTES};
+}
+__device__ __forceinline__ TileP ds_tile(const Shared& shared, int consumer) {
+  return {shared.s(1).base + consumer * TileP::BYTES};
+}
 
 // dS of both consumers' keys.
 struct BothDs {
@@ -91,7 +59,7 @@ struct DqShare {
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < CONSUMERS; ++i) {
-      const WarpgroupOperand<Major::K, TileP> ds(shared.ds(i));
+      const WarpgroupOperand<Major::K, TileP> ds(ds_tile(shared, i));
       const unsigned keys = shared.k().base + i * KEYS * 128;
       const WarpgroupOperand<Major::MN, TileK> k_panel(TileK{keys + first_of_panel(number) / 64 * (BLOCK_N * 128)});
       const WarpgroupOperand<Major::MN, TileK> k_half(TileK{keys + BLOCK_N * 128 + number * 64});
@@ -103,7 +71,7 @@ struct DqShare {
 
   __device__ __forceinline__ void add_visible_keys(const Shared& shared, int number, const Band& band, int first_row,
                                                    int first_key) {
-    const BothDs ds{shared.ds(0), shared.ds(1)};
+    const BothDs ds{ds_tile(shared, 0), ds_tile(shared, 1)};
     const int row = threadIdx.x / 32 % 4 * 16;
 #pragma unroll
     for (int i = 0; i < 32; ++i) panel[0][i / 4][i % 4] = 0;
@@ -113,11 +81,11 @@ struct DqShare {
     add_visible<false>(half, ds, row, shared.k(), first_of_half(number), band, first_row, first_key);
   }
 
-  __device__ __forceinline__ void hand_over(const Shared& shared, int number, const Ring<1>& ring) {
+  __device__ __forceinline__ void hand_over(const Shared& shared, int number, const Ring<DQ_STAGES>& ring) {
     const int first = number * (D / 2);
     ring.wait_empty();
-    put_dq(panel[0], shared.dq(number), (first_of_panel(number) - first) / 8);
-    put_dq(half[0], shared.dq(number), (first_of_half(number) - first) / 8);
+    put_dq(panel[0], shared.dq(number, ring.stage), (first_of_panel(number) - first) / 8);
+    put_dq(half[0], shared.dq(number, ring.stage), (first_of_half(number) - first) / 8);
     say_full(ring);
   }
 };
@@ -138,21 +106,6 @@ template <int TILES>
 __device__ __forceinline__ void finished(float (&gradient)[TILES][KEY_TILES][4]) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i) pin(gradient[i]);
-}
-
-// P or dS of this warp's rows to shared memory.
-__device__ __forceinline__ void store_scores(const TileP& tile, const Scores& x) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < KEY_TILES / 2; ++i) {
-    unsigned words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const auto& d = x[0][2 * i + j / 2];
-      words[j] = pack(d[j % 2 * 2], d[j % 2 * 2 + 1], Element{});
-    }
-    store_matrices(tile.address(warp * 16 + lane % 16, i * 32 + lane / 16 * 16), words);
-  }
 }
 
 // A gradient of KEYS keys from `first` on to global memory, through a tile in shared memory.
@@ -182,11 +135,11 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
   const WarpgroupOperand<Major::K, TileK> k(TileK{shared.k().base + number * KEYS * 128});
   const WarpgroupOperand<Major::K, TileV> v(TileV{shared.v().base + number * KEYS * 128});
-  const TileP p_smem = shared.p(number), ds_smem = shared.ds(number);
+  const TileP p_smem = p_tile(shared, number), ds_smem = ds_tile(shared, number);
 
   Ring<STAGES> q_ring(shared.q_stages());
   Ring<DOUT_STAGES> dout_ring(shared.dout_stages());
-  Ring<1> dq_ring(shared.dq_stages(number));
+  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));
 
   for (unsigned phase = 0;; phase ^= 1) {
     const Work work = hear(p, shared.work(), shared.work_stages(), phase);
@@ -269,13 +222,13 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           wgmma_wait<1>();
           exponentiate();
           named_barrier_sync(1, 256);  // both consumers are done with the last P and dS
-          store_scores(p_smem, s);
+          store_fragments(p_smem, warp * 16, s[0]);
           fence_async_shared();
           named_barrier_sync(own_barrier, 128);
           start_gradient(dv, dout_smem, p_smem);
           wgmma_wait<1>();
           differentiate();
-          store_scores(ds_smem, dp);
+          store_fragments(ds_smem, warp * 16, dp[0]);
           fence_async_shared();
           named_barrier_sync(1, 256);  // both consumers' dS is here
           dq.start(shared, number);
@@ -296,8 +249,8 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           exponentiate();
           differentiate();
           named_barrier_sync(1, 256);
-          store_scores(p_smem, s);
-          store_scores(ds_smem, dp);
+          store_fragments(p_smem, warp * 16, s[0]);
+          store_fragments(ds_smem, warp * 16, dp[0]);
           named_barrier_sync(1, 256);
           dq.add_visible_keys(shared, number, band, first_row, work.first);
           add_visible_to_transposed(dv, p_smem, dout_smem, warp * 16, band, first_row, first_key);
@@ -314,7 +267,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
     // The place of dQ's share takes dV, then dK.
     dq_ring.wait_empty();
-    const unsigned place = shared.dq(number);
+    const unsigned place = shared.dq(number, 0);
     store_transposed_gradient<HEAD_DIM_V>(StoredV{place}, dv,
                                           sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, work.head),
                                           first_key, 1.f, own_barrier);

@@ -23,11 +23,11 @@
 #include "visible.cuh"
 #include "warpgroup.cuh"
 
-static_assert(DK <= 64 && DV <= 64 && Q_COLUMNS == D && STAGES % CONSUMERS == 0);
+static_assert(DK <= 64 && DV <= 64 && IN_TURN && STAGES % CONSUMERS == 0);
+static_assert(DOUT_STAGES == STAGES && DQ_STAGES == 2);
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
-
-using Shared = SharedMemory<true>;
 static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
+
 using Words = unsigned[N / 2][4];  // P^T or dS^T as A fragments
 
 // What a consumer needs for a block of rows with a half of the keys, [KEYS, BLOCK_M].
@@ -138,8 +138,8 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
   const int own_barrier = 2 + number;  // 1 is both consumers'
   Score<float> score(p);
   Ring<STAGES> q_ring(shared.q_stages());  // dO's moves along with it; a stage's number says whose turn it is
-  const Stages<STAGES> dout_stages = shared.dout_stages();
-  Ring<2> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
+  const Stages<DOUT_STAGES> dout_stages = shared.dout_stages();
+  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
 
   for (unsigned phase = 0;; phase ^= 1) {
     const Work work = hear(p, shared.work(), shared.work_stages(), phase);
@@ -162,7 +162,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         continue;
       }
       const Step step{p, shared, score, band, work.first, block * BLOCK_M, q_ring.stage};
-      const TileS ds_smem = shared.ds(dq_ring.stage, number);
+      const TileS ds_smem = shared.s(dq_ring.stage, number);
       const WarpgroupOperand<Major::MN, TileQ> q(step.q());
       const WarpgroupOperand<Major::MN, TileO> dout(step.dout());
       float s[N][4], dp[N][4], lse[N][2];
@@ -179,7 +179,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
                                 keys_spoilt || any_non_finite<128>(step.q()) || any_non_finite<128>(step.dout()));
       };
       if ((step.masked(0) || step.masked(1)) && spoilt()) {
-        const TileS p_smem = shared.ds(dq_ring.stage ^ 1, number);
+        const TileS p_smem = shared.s(dq_ring.stage ^ 1, number);
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
           step.start_scores(half, s, dp, lse);
@@ -254,16 +254,16 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
     // dS has served: its places take what one consumer gives the other, then dV and dK.
     named_barrier_sync(own_barrier, 128);
-    give(dv, number, shared.ds(0, number).base);
-    give(dk, number, shared.ds(1, number).base);
+    give(dv, number, shared.s(0, number).base);
+    give(dk, number, shared.s(1, number).base);
     named_barrier_sync(1, 256);
-    take(dv, number, shared.ds(0, 1 - number).base);
-    take(dk, number, shared.ds(1, 1 - number).base);
+    take(dv, number, shared.s(0, 1 - number).base);
+    take(dk, number, shared.s(1, 1 - number).base);
     named_barrier_sync(1, 256);
     const int first_key = work.first + number * KEYS;
-    store_gradient<HEAD_DIM_V>(StoredV{shared.ds(0, number).base}, dv[0][0],
+    store_gradient<HEAD_DIM_V>(StoredV{shared.s(0, number).base}, dv[0][0],
                                sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, work.head), first_key, 1.f);
-    store_gradient<HEAD_DIM>(StoredK{shared.ds(1, number).base}, dk[0][0],
+    store_gradient<HEAD_DIM>(StoredK{shared.s(1, number).base}, dk[0][0],
                              sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, work.head), first_key,
                              static_cast<float>(p.scale));
     named_barrier_sync(own_barrier, 128);

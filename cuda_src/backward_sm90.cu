@@ -20,9 +20,8 @@
 #include "visible.cuh"
 #include "warpgroup.cuh"
 
-static_assert(Q_COLUMNS % 64 == 0);  // a consumer's half of dQ
-
-using Shared = SharedMemory<false>;
+static_assert(!IN_TURN && Q_COLUMNS % 64 == 0);  // a consumer's half of dQ
+static_assert(DOUT_STAGES == STAGES && DQ_STAGES == 2);
 static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 
 __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared, const int number) {
@@ -36,8 +35,8 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
   const WarpgroupOperand<Major::MN, TileK> k_part(TileK{shared.k().base + number * BLOCK_N * 128});
 
   Ring<STAGES> q_ring(shared.q_stages());  // dO's moves along with it
-  const Stages<STAGES> dout_stages = shared.dout_stages();
-  Ring<2> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
+  const Stages<DOUT_STAGES> dout_stages = shared.dout_stages();
+  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
 
   for (unsigned phase = 0;; phase ^= 1) {
     const Work work = hear(p, shared.work(), shared.work_stages(), phase);
@@ -124,7 +123,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         if (masked) band.mask_transposed(dp, row0, key0, 0.f);
         pack_transposed(ds_words, dp);
 
-        const TileS ds_smem = shared.ds(dq_ring.stage);
+        const TileS ds_smem = shared.s(dq_ring.stage);
         QFragments dq;
         if (!masked || !named_barrier_or(1, 256, spoilt)) {
           store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
@@ -151,7 +150,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           wgmma_wait<1>();
           pin(dq[0]);
         } else {
-          const TileS p_smem = shared.ds(dq_ring.stage ^ 1);
+          const TileS p_smem = shared.s(dq_ring.stage ^ 1);
           store_transposed(p_smem, p_words, number * KEYS + warp * 16);
           store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
           named_barrier_sync(1, 256);
@@ -178,7 +177,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
 
     // dS has served: its places take dV, then dK.
     named_barrier_sync(1, 256);  // both consumers are done with it
-    const unsigned place = shared.ds(number).base;
+    const unsigned place = shared.s(number).base;
     store_gradient<HEAD_DIM_V>(StoredV{place}, dv[0],
                                sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, work.head), first_key,
                                DROPOUT ? keep_scale : 1.f);

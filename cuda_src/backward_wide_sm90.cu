@@ -323,16 +323,7 @@ struct Consumer : Context<PART> {
   __device__ __forceinline__ void store(const T& tile, const float (&gradient)[COLUMNS][4], const Rows<Element>& target,
                                         float factor) const {
     named_barrier_sync(1, 256);
-#pragma unroll
-    for (int i = 0; i < COLUMNS / 2; ++i) {
-      unsigned words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const auto& d = gradient[2 * i + j / 2];
-        words[j] = pack(d[j % 2 * 2] * factor, d[j % 2 * 2 + 1] * factor, Element{});
-      }
-      store_matrices(tile.address(key + lane % 16, i * 32 + lane / 16 * 16), words);
-    }
+    store_fragments(tile, key, gradient, {factor, factor});
     __syncwarp();  // a warp stores the rows it wrote
     store_rows<16, WIDTH>(tile, key, target, first_key);
   }

@@ -338,16 +338,7 @@ struct Consumer {
     const bool spoilt = __any_sync(~0u, zero != 0);
 
     named_barrier_sync(1 + number, 128);  // the whole warpgroup is done with Q
-#pragma unroll
-    for (int i = 0; i < DV / 16; ++i) {
-      unsigned words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const auto& d = o[0][2 * i + j / 2];
-        words[j] = pack(d[j % 2 * 2] * inverse[j % 2], d[j % 2 * 2 + 1] * inverse[j % 2], Element{});
-      }
-      store_matrices(o_smem.address(warp * 16 + lane % 16, i * 32 + lane / 16 * 16), words);
-    }
+    store_fragments(o_smem, warp * 16, o[0], inverse);
     fence_async_shared();  // before Q comes here again
     __syncwarp();          // a warp stores the rows it wrote
     store_rows<16, HEAD_DIM_V>(o_smem, warp * 16,

@@ -8,9 +8,9 @@
 #include "band.cuh"
 #include "dq_accum.cuh"
 #include "ptx/tma.cuh"
-#include "ptx/wgmma.cuh"
 #include "ring.cuh"
 #include "sequence.cuh"
+#include "warpgroup.cuh"
 #include "work.cuh"
 
 constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
@@ -19,45 +19,47 @@ constexpr int DK = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int N = BLOCK_M / 8;  // products of 8 rows along S^T
 static_assert(BLOCK_M == 64 && WARPS == 4 * CONSUMERS && Q_ROWS == 16);
 
+// Consumers share a block of rows, of which each has its keys and a slice of dQ; or they take the blocks in turn.
+constexpr bool IN_TURN = Q_WARPS_D == 1;
+constexpr int SLICES = Q_WARPS_D, SLICE = BLOCK_M * D / SLICES;  // of dQ, of a block of rows
+static_assert(IN_TURN || SLICES == CONSUMERS);
+
 using TileK = Tile<Element, BLOCK_N, (D + 63) / 64 * 64>;  // dQ's columns may be padded further than HEAD_DIM
 using TileV = Tile<Element, BLOCK_N, (DV + 63) / 64 * 64>;
 using TileQ = Tile<Element, BLOCK_M, TileK::COLS>;
 using TileO = Tile<Element, BLOCK_M, TileV::COLS>;
-using TileS = Tile<Element, BLOCK_M, BLOCK_N>;
-using StoredK = Tile<Element, KEYS, TileK::COLS>;  // gradients on their way out
+using TileS = Tile<Element, BLOCK_M, (KEYS + 63) / 64 * 64 * CONSUMERS>;  // whole panels for each half of the keys
+using StoredK = Tile<Element, KEYS, TileK::COLS>;                         // gradients on their way out
 using StoredV = Tile<Element, KEYS, TileV::COLS>;
 
-// Dynamic shared memory.  Consumers share a block of rows, of which each has its keys and a slice of dQ; or they take
-// the blocks of rows in turn.
-template <bool IN_TURN_>
-struct SharedMemory {
-  static constexpr bool IN_TURN = IN_TURN_;
-  static constexpr int SLICES = IN_TURN ? 1 : CONSUMERS, SLICE = BLOCK_M * D / SLICES;  // of dQ, of a block of rows
-  static constexpr int ROW_SUMS = 2 * BLOCK_M * 4, ROW_BYTES = TileQ::BYTES + TileO::BYTES;
-  static constexpr int V = TileK::BYTES, ROWS = V + TileV::BYTES, DS = ROWS + STAGES * ROW_BYTES;
-  static constexpr int DQ = DS + 2 * CONSUMERS / SLICES * TileS::BYTES, SUMS = DQ + CONSUMERS * 2 * SLICE * 4;
-  static constexpr int WORK = SUMS + STAGES * ROW_SUMS, RINGS = WORK + Work::BYTES;
-  static constexpr int BYTES = RINGS + 16 * (2 + 2 * STAGES + 2 * CONSUMERS);
+struct Shared {  // dynamic shared memory
+  static constexpr int ROW_SUMS = 2 * BLOCK_M * 4;
+  static constexpr int V = TileK::BYTES, Q = V + TileV::BYTES, DOUT = Q + STAGES * TileQ::BYTES;
+  static constexpr int S = DOUT + DOUT_STAGES * TileO::BYTES, DQ = S + 2 * CONSUMERS / SLICES * TileS::BYTES;
+  static constexpr int SUMS = DQ + CONSUMERS * DQ_STAGES * SLICE * 4, WORK = SUMS + STAGES * ROW_SUMS;
+  static constexpr int RINGS = WORK + Work::BYTES;
+  static constexpr int BYTES = RINGS + 16 * (2 + STAGES + DOUT_STAGES + CONSUMERS * DQ_STAGES);
+  static_assert(SHARED_BYTES >= BYTES);
   unsigned base;
 
   __device__ __forceinline__ TileK k() const { return {base}; }
   __device__ __forceinline__ TileV v() const { return {base + V}; }
-  __device__ __forceinline__ TileQ q(int stage) const { return {base + ROWS + stage * ROW_BYTES}; }
-  __device__ __forceinline__ TileO dout(int stage) const { return {base + ROWS + stage * ROW_BYTES + TileQ::BYTES}; }
+  __device__ __forceinline__ TileQ q(int stage) const { return {base + Q + stage * TileQ::BYTES}; }
+  __device__ __forceinline__ TileO dout(int stage) const { return {base + DOUT + stage * TileO::BYTES}; }
   __device__ __forceinline__ unsigned sums(int stage) const { return base + SUMS + stage * ROW_SUMS; }
-  __device__ __forceinline__ TileS ds(int buffer, int consumer = 0) const {  // the consumer's own, if in turn
-    return {base + DS + (2 * consumer + buffer) * TileS::BYTES};
+  __device__ __forceinline__ TileS s(int buffer, int consumer = 0) const {  // P or dS; the consumer's own, if in turn
+    return {base + S + (2 * consumer + buffer) * TileS::BYTES};
   }
   __device__ __forceinline__ unsigned dq(int consumer, int stage) const {
-    return base + DQ + (2 * consumer + stage) * SLICE * 4;
+    return base + DQ + (DQ_STAGES * consumer + stage) * SLICE * 4;
   }
   __device__ __forceinline__ unsigned work() const { return base + WORK; }
   __device__ __forceinline__ Stages<1> work_stages() const { return {base + RINGS}; }
   __device__ __forceinline__ Stages<1> kv_stages() const { return {base + RINGS + 16}; }
   __device__ __forceinline__ Stages<STAGES> q_stages() const { return {base + RINGS + 32}; }
-  __device__ __forceinline__ Stages<STAGES> dout_stages() const { return {base + RINGS + 16 * (2 + STAGES)}; }
-  __device__ __forceinline__ Stages<2> dq_stages(int consumer) const {
-    return {base + RINGS + 16 * (2 + 2 * (STAGES + consumer))};
+  __device__ __forceinline__ Stages<DOUT_STAGES> dout_stages() const { return {base + RINGS + 16 * (2 + STAGES)}; }
+  __device__ __forceinline__ Stages<DQ_STAGES> dq_stages(int consumer) const {
+    return {base + RINGS + 16 * (2 + STAGES + DOUT_STAGES + DQ_STAGES * consumer)};
   }
 
   __device__ __forceinline__ void init() const {
@@ -114,7 +116,6 @@ __device__ __forceinline__ void load(const T& tile, Barrier full, const TensorMa
 }
 
 // One thread takes the tiles, tells the others of them, and brings Q, dO and their row sums.
-template <class Shared>
 __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared shared) {
   Ring<1> work_ring(shared.work_stages());
   Ring q_ring(shared.q_stages());
@@ -146,7 +147,6 @@ __device__ __forceinline__ void produce_rows(const TmaParams& p, const Shared sh
 }
 
 // Another one brings K and V.
-template <class Shared>
 __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shared) {
   Ring<1> work_ring(shared.work_stages()), kv_ring(shared.kv_stages());
   while (true) {
@@ -164,9 +164,8 @@ __device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shar
 // One thread takes a consumer's slices of dQ to their accumulators. Behind the counter of tiles, p.tickets holds one
 // for each slice: how many thread blocks have come for it, and SET once the first one's share is there; in a fixed
 // order, how many have added theirs.
-template <class Shared>
 __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, const int consumer) {
-  constexpr int SET = 1 << 30, SLICE = Shared::SLICE, SLICES = Shared::SLICES;
+  constexpr int SET = 1 << 30;
   Ring<1> work_ring(shared.work_stages());
   Ring ring(shared.dq_stages(consumer));
   unsigned turn_to_take = 0;
@@ -180,7 +179,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
       int block = blocks.start;
 #pragma unroll 1
       for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
-        if (Shared::IN_TURN && int(turn_to_take++ % CONSUMERS) != consumer) continue;
+        if (IN_TURN && int(turn_to_take++ % CONSUMERS) != consumer) continue;
         int* const ticket = p.tickets + 1 + (dq_accum.block + block) * SLICES + consumer % SLICES;
         float* const slice = dq_accum.origin + static_cast<long long>(block * SLICES + consumer % SLICES) * SLICE;
         const unsigned source = shared.dq(consumer, ring.stage);
@@ -235,14 +234,13 @@ __device__ __forceinline__ void put_dq(const float (&dq)[COUNT][4], unsigned pla
   for (int n = 0; n < COUNT; ++n) store_shared(place + ((warp * (Q_COLUMNS / 8) + first + n) * 32 + lane) * 16, dq[n]);
 }
 // All of it is there, for the thread that takes it away.
-template <int STAGES>
-__device__ __forceinline__ void say_full(const Ring<STAGES>& ring) {
+__device__ __forceinline__ void say_full(const Ring<DQ_STAGES>& ring) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) ring.stages.full(ring.stage).arrive();
 }
 // The whole share, to a place that is empty.
-template <class Shared>
-__device__ __forceinline__ void hand_over(const QFragments& dq, const Shared& shared, int number, const Ring<2>& ring) {
+__device__ __forceinline__ void hand_over(const QFragments& dq, const Shared& shared, int number,
+                                          const Ring<DQ_STAGES>& ring) {
   put_dq(dq[0], shared.dq(number, ring.stage), 0);
   say_full(ring);
 }
@@ -251,26 +249,16 @@ __device__ __forceinline__ void hand_over(const QFragments& dq, const Shared& sh
 template <int WIDTH, class T, int COLUMNS>
 __device__ __forceinline__ void store_gradient(const T& tile, const float (&gradient)[COLUMNS][4],
                                                const Rows<Element>& target, int first, float factor) {
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int row = threadIdx.x / 32 % 4 * 16;
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 2; ++i) {
-    unsigned words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const auto& d = gradient[2 * i + j / 2];
-      words[j] = pack(d[j % 2 * 2] * factor, d[j % 2 * 2 + 1] * factor, Element{});
-    }
-    store_matrices(tile.address(warp * 16 + lane % 16, i * 32 + lane / 16 * 16), words);
-  }
+  store_fragments(tile, row, gradient, {factor, factor});
   __syncwarp();  // a warp stores the rows it wrote
-  store_rows<16, WIDTH>(tile, warp * 16, target, first + warp * 16);
+  store_rows<16, WIDTH>(tile, row, target, first + row);
 }
 
 // All roles of a thread block.
-template <class Shared, class Consume>
+template <class Consume>
 __device__ __forceinline__ void run(const TmaParams& p, const Shared& shared, const Consume& consume) {
-  static_assert(SHARED_BYTES >= Shared::BYTES);
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same for a whole warp, as the compiler now knows

@@ -1,5 +1,5 @@
 // Products of tiles by one warpgroup: acc [64, N] += A [64, K] B [K, N], operands in swizzled shared memory or, for A,
-// in registers.  Asynchronous: between wgmma_fence() and wgmma_commit().
+// in registers.  Asynchronous: between wgmma_fence() and wgmma_commit().  And the way of a result to shared memory.
 #pragma once
 #include "ptx/wgmma.cuh"
 #include "tile.cuh"
@@ -36,4 +36,21 @@ template <int K, int N, class B>
 __device__ __forceinline__ void warpgroup_gemm(float (&acc)[N][4], const unsigned (&a)[K][4], const B& b) {
 #pragma unroll
   for (int k = 0; k < K; ++k) wgmma<0, B::MAJOR == Major::MN>(acc, a[k], b.at(k), true);
+}
+
+// One warp's 16 rows of a product, rounded, into a tile from `row` on; each of a lane's two rows times its factor.
+template <int N, class T>
+__device__ __forceinline__ void store_fragments(const T& tile, int row, const float (&acc)[N][4],
+                                                const float (&factors)[2] = {1, 1}) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    unsigned words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const auto& d = acc[2 * i + j / 2];
+      words[j] = pack(d[j % 2 * 2] * factors[j % 2], d[j % 2 * 2 + 1] * factors[j % 2], typename T::Element{});
+    }
+    store_matrices(tile.address(row + lane % 16, i * 32 + lane / 16 * 16), words);
+  }
 }

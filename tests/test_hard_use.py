@@ -217,8 +217,8 @@ def test_the_current_device_comes_back(current: int, fails: bool, monkeypatch: p
     monkeypatch.setattr(launch, "_cuda", lambda: types.SimpleNamespace(runtime=runtime, driver=driver))
     prepared = types.SimpleNamespace(
         device=1,
-        ticket_bytes=0,
-        arguments=launch._Arguments(b""),
+        plan=types.SimpleNamespace(ticket_bytes=0),
+        thread=launch._ArgumentsOfThread(b""),
         maps=(),
         launches=((0, 1, 32, 0),),
     )
