@@ -105,8 +105,8 @@ def _build(kernel: plan.Kernel) -> tuple[Launch, str | None]:
     numbers: tuple[int | None, ...] = (None, None)
     static_bytes, failure = 0, None
     try:
-        [used] = [found for found in compiler.cubin(kernel.spec).resources() if found.kernel == kernel.name]
-        numbers, static_bytes = (used.registers, used.spill_bytes), used.shared_bytes
+        for used in compiler.cubin(kernel.spec).resources():  # none, should a compiler tell nothing
+            numbers, static_bytes = (used.registers, used.spill_bytes), used.shared_bytes
     except CompileError as error:
         failure = str(error)
     constants = kernel.spec.constants

@@ -267,7 +267,9 @@ def tolerances(case: Case, dtype: str, inputs: Inputs, exact: Results) -> dict[s
     The LSE is float32 (float64 for float64) whatever the inputs are, and so is its yardstick, with four times the
     error: the order of the sums and the exp2 and log in use differ.
 
-    Gradients inherit the rounding of the LSE they start from: two units in its last place, relative to their size.
+    Gradients inherit the rounding of the LSE they start from: two units in its last place, relative to their size. With
+    softcap, which keeps the LSE small, that of the scores, which both passes sum up in an order of their own: sums of
+    head_dim products as large as q's and k's norms make them.
 
     The reference is itself a plain float64 implementation. So for float64 the yardstick is the error of the plain
     float32 one, scaled by the ratio of the units in the last place, and counts once more: for the reference.
@@ -278,6 +280,12 @@ def tolerances(case: Case, dtype: str, inputs: Inputs, exact: Results) -> dict[s
     else:
         yardstick = errors(plain(case, inputs), exact)
     lse_unit = _last_place(exact.lse, "float64" if dtype == "float64" else "float32")
+    score_unit = lse_unit
+    if case.softcap is not None:
+        lengths = [np.linalg.norm(x.astype(np.float64), axis=-1).max(initial=0.0) for x in (inputs.q, inputs.k)]
+        scale = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
+        size = scale * lengths[0] * lengths[1] / case.head_dim**0.5
+        score_unit = max(lse_unit, _last_place(size, "float64" if dtype == "float64" else "float32"))
     bounds = {}
     for name, error in yardstick.items():
         if name == "lse":
@@ -288,7 +296,7 @@ def tolerances(case: Case, dtype: str, inputs: Inputs, exact: Results) -> dict[s
         else:
             # Where a row sees one key, dq and dk are differences of equal terms, of about this size.
             size = float(np.abs(getattr(exact, name)).max(initial=0.0)) or 32.0
-            factor, slack = 3.0, _last_place(size, dtype) + 2 * size * lse_unit
+            factor, slack = 3.0, _last_place(size, dtype) + 2 * size * score_unit
         bounds[name] = (factor + (dtype == "float64")) * error + slack
     return bounds
 
