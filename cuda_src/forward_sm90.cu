@@ -14,7 +14,8 @@
 //       O = O + P V of the first block
 //       write O / l and LSE = m + log(l)
 //
-// The maximum m may lag behind: see Softmax::exponentiate_ahead.
+// The maximum m may lag behind: see Softmax::exponentiate_ahead.  Two consumers start their products in turn, so that
+// those of one run beside the exponentials of the other.
 #include "band.cuh"
 #include "dropout.cuh"
 #include "forward_row.cuh"
@@ -30,6 +31,7 @@ constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int ROWS = 64, BLOCK_M = ROWS * CONSUMERS;  // rows of a consumer and of a tile
 constexpr int D = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int N = BLOCK_N / 8, N_OUT = DV / 8;
+constexpr bool IN_TURN = CONSUMERS == 2;  // three have enough to do beside each other
 
 // Boxes are 64 columns wide, so tiles are whole panels of 128 bytes; products stop at D and DV.
 using TileQ = Tile<Element, ROWS, (D + 63) / 64 * 64>;
@@ -195,6 +197,7 @@ struct Consumer {
         keep_scale(static_cast<float>(params.keep_scale)) {}
 
   __device__ __forceinline__ void run() {
+    if (number == CONSUMERS - 1) pass_turn();
     for (Strip strip = take(); strip.valid; strip = take()) {
       q_ring.wait();
       skip(strip.unseen_before());
@@ -204,7 +207,9 @@ struct Consumer {
       if (strip.sees_keys()) {
         {
           float s[1][N][4];  // [ROWS, BLOCK_N]
+          wait_turn();
           start_scores(s);
+          pass_turn();
           wgmma_wait<0>();
           finish_scores(s, strip, strip.seen.end - 1);
           softmax.exponentiate_first<Element>(probs, s, score.factor);
@@ -212,8 +217,10 @@ struct Consumer {
         }
         for (int block = strip.seen.end - 2; block >= strip.seen.begin; --block) {
           float s[1][N][4], shrink[1][2];
+          wait_turn();
           start_scores(s);
           start_output(strip, block + 1);
+          pass_turn();
           wgmma_wait<1>();
           finish_scores(s, strip, block);
           if constexpr (AHEAD) {
@@ -243,6 +250,15 @@ struct Consumer {
       skip(strip.unseen_after());
       store(strip);
     }
+  }
+
+  // A turn for each block of keys, with named barriers behind those of strips: the one before has arrived at this
+  // one's.
+  __device__ __forceinline__ void wait_turn() const {
+    if constexpr (IN_TURN) named_barrier_sync(1 + CONSUMERS + number, 256);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (IN_TURN) named_barrier_arrive(1 + CONSUMERS + (number + 1 == CONSUMERS ? 0 : number + 1), 256);
   }
 
   // The next strip.
@@ -314,6 +330,7 @@ struct Consumer {
   __device__ __forceinline__ void skip(int blocks) {
 #pragma unroll 1
     for (; blocks > 0; --blocks) {
+      wait_turn(), pass_turn();
       k_ring.wait(), k_ring.release();
       v_ring.wait(), v_ring.release();
     }
