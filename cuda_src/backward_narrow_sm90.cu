@@ -23,7 +23,7 @@
 #include "visible.cuh"
 #include "warpgroup.cuh"
 
-static_assert(DK <= 64 && DV <= 64 && IN_TURN && STAGES % CONSUMERS == 0);
+static_assert(DK <= 64 && DV <= 64 && READERS == 1 && STAGES % CONSUMERS == 0);
 static_assert(DOUT_STAGES == STAGES && DQ_STAGES == 2);
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
 static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
