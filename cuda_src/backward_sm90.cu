@@ -134,7 +134,6 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           wgmma_fence();
           warpgroup_gemm(dv[0], p_words, WarpgroupOperand<Major::MN, TileO>(dout_smem));
           wgmma_commit();
-          fence_async_shared();
           say_full(ds_ring);
           pin(dk[0]);
           pin(ds_words);
@@ -151,6 +150,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
           q_ring.stages.release(q_ring.stage);
           if (takes_dq) {
             ds_ring.wait();
+            fence_async_shared();  // for both consumers, whose stores are done by now
             pin(dq[0]);
             wgmma_fence();
             warpgroup_gemm<BLOCK_N / 16>(dq[0], WarpgroupOperand<Major::K, TileS>(ds_smem),

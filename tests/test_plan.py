@@ -121,6 +121,17 @@ def test_narrow_hopper_backward() -> None:
         assert main.shared_bytes <= HOPPER.shared_bytes
 
 
+def test_hopper_backward_to_128() -> None:
+    """One consumer takes all of a block's dQ: its columns are whole products, and it has one ticket."""
+    for options in ({"head_dim": 96}, {"head_dim": 128}, {"head_dim": 24, "dropout": 0.1}):
+        chosen = plan.backward(gradients(problem(**options)), HOPPER)  # type: ignore[arg-type]
+        main, blocks = chosen.kernels[1], -(-300 // 64) * 3 * 2
+        assert (main.name, constants(main)["READERS"]) == ("backward_sm90", 2)
+        assert chosen.dq_accum_bytes == blocks * 64 * -(-options["head_dim"] // 16) * 16 * 4
+        assert chosen.ticket_bytes == 256
+        assert main.shared_bytes <= HOPPER.shared_bytes
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match=r"sm80 kernels: float64 with head dim 256 needs \d+ bytes.*sm_89"):
         plan.backward(gradients(problem("float64", 256)), ADA)
