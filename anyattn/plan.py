@@ -279,7 +279,7 @@ class _BackwardSm90:
 
 # A call goes to the first that takes it.
 _BACKWARD_SM90: Final = (
-    _BackwardSm90("backward_narrow_sm90", range(1, 65), _key_tiles_shared, _backward_products, keeps_more=False),
+    _BackwardSm90("backward_narrow_sm90", range(33, 65), _key_tiles_shared, _backward_products, keeps_more=False),
     _BackwardSm90("backward_sm90", range(1, 129), _key_tiles_shared, _backward_products),
     _BackwardSm90("backward_192_sm90", range(129, 193), _key_tiles_shared, _transposed_products, keeps_more=False),
     _BackwardSm90("backward_wide_sm90", range(1, MAX_HEAD_DIM + 1), _wide_shared, _wide_products, stays=False),

@@ -1,5 +1,5 @@
-// Attention backward on Hopper for head dims to 64 without dropout and softcap, where a consumer's registers have room
-// for dK and dV of 128 keys.
+// Attention backward on Hopper for head dims 33 to 64 without dropout and softcap, where a consumer's registers have
+// room for dK and dV of 128 keys.
 // backward_delta.cu runs before it, backward_dq.cu after it.
 //
 //   A thread block owns 128 keys.  Its two consumers (warpgroups) take blocks of rows in turn, each for all the keys:

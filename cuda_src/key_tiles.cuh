@@ -47,8 +47,8 @@ struct Shared {  // dynamic shared memory
   __device__ __forceinline__ TileQ q(int stage) const { return {base + Q + stage * TileQ::BYTES}; }
   __device__ __forceinline__ TileO dout(int stage) const { return {base + DOUT + stage * TileO::BYTES}; }
   __device__ __forceinline__ unsigned sums(int stage) const { return base + SUMS + stage * ROW_SUMS; }
-  __device__ __forceinline__ TileS
-  s(int buffer, int consumer = 0) const {  // P or dS; the consumer's own, if it takes a block alone
+  // P or dS; a consumer's own, if it takes a block of rows alone.
+  __device__ __forceinline__ TileS s(int buffer, int consumer = 0) const {
     return {base + S + (2 * consumer + buffer) * TileS::BYTES};
   }
   __device__ __forceinline__ unsigned dq(int consumer, int stage) const {
