@@ -222,12 +222,12 @@ def _keeps_more(problem: Problem) -> bool:
 def _key_tiles_shared(tile: dict[str, Any], problem: Problem) -> int:
     columns = _dq_columns(tile, problem)
     d, dv = _padded(columns, 64), _padded(problem.head_dim_v, 64)
-    m, n, slices = tile["BLOCK_M"], tile["BLOCK_N"], tile["Q"][1]
+    m, n, slices, readers = tile["BLOCK_M"], tile["BLOCK_N"], tile["Q"][1], tile["READERS"]
     stages, dout_stages, dq_stages = tile["STAGES"], tile["DOUT_STAGES"], tile["DQ_STAGES"]
-    scores = 4 // slices * m * 2 * _padded(n // 2, 64)  # two of P or dS, for each consumer if in turn
+    scores = 4 // readers * m * 2 * _padded(n // 2, 64)  # two of P or dS, for each block of rows that is worked on
     elements = n * (d + dv) + stages * m * d + dout_stages * m * dv + scores
     dq, sums = 2 * dq_stages // slices * m * columns * 4, stages * 2 * m * 4
-    return int(elements * problem.itemsize + dq + sums + 32 + 16 * (2 + stages + dout_stages + 2 * dq_stages))
+    return int(elements * problem.itemsize + dq + sums + 32 + 16 * (2 + stages + dout_stages + 2 * dq_stages + 2))
 
 
 def _wide_shared(tile: dict[str, Any], problem: Problem) -> int:
@@ -279,7 +279,7 @@ class _BackwardSm90:
 
 # A call goes to the first that takes it.
 _BACKWARD_SM90: Final = (
-    _BackwardSm90("backward_narrow_sm90", range(1, 65), _key_tiles_shared, _backward_products, keeps_more=False),
+    _BackwardSm90("backward_narrow_sm90", range(33, 65), _key_tiles_shared, _backward_products, keeps_more=False),
     _BackwardSm90("backward_sm90", range(1, 129), _key_tiles_shared, _backward_products),
     _BackwardSm90("backward_192_sm90", range(129, 193), _key_tiles_shared, _transposed_products, keeps_more=False),
     _BackwardSm90("backward_wide_sm90", range(1, MAX_HEAD_DIM + 1), _wide_shared, _wide_products, stays=False),

@@ -23,7 +23,7 @@
 constexpr int KEY_TILES = KEYS / 8;                                      // products of 8 keys along S
 constexpr int DK_TILES = TileK::COLS / 64, DV_TILES = TileV::COLS / 64;  // of 64 head dims down dK^T and dV^T
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
-static_assert(BLOCK_N == 96 && D == 192 && TileK::COLS == D && !IN_TURN && DQ_STAGES == 1);
+static_assert(BLOCK_N == 96 && D == 192 && TileK::COLS == D && SLICES == 2 && DQ_STAGES == 1);
 static_assert(StoredK::BYTES <= SLICE * 4 && StoredV::BYTES <= SLICE * 4);
 
 using TileP = Tile<Element, BLOCK_M, 64>;  // P or dS of a consumer's keys: its panel of TileS

@@ -1,5 +1,5 @@
-// Attention backward on Hopper for head dims to 64 without dropout and softcap, where a consumer's registers have room
-// for dK and dV of 128 keys.
+// Attention backward on Hopper for head dims 33 to 64 without dropout and softcap, where a consumer's registers have
+// room for dK and dV of 128 keys.
 // backward_delta.cu runs before it, backward_dq.cu after it.
 //
 //   A thread block owns 128 keys.  Its two consumers (warpgroups) take blocks of rows in turn, each for all the keys:
@@ -23,7 +23,7 @@
 #include "visible.cuh"
 #include "warpgroup.cuh"
 
-static_assert(DK <= 64 && DV <= 64 && IN_TURN && STAGES % CONSUMERS == 0);
+static_assert(DK <= 64 && DV <= 64 && READERS == 1 && STAGES % CONSUMERS == 0);
 static_assert(DOUT_STAGES == STAGES && DQ_STAGES == 2);
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
 static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);

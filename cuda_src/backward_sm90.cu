@@ -7,21 +7,21 @@
 //     for each query head that shares these keys, for each block of rows that sees some of them:
 //       start S^T = K Q^T, dP^T = V dO^T
 //       wait for S;   P^T = exp(score(S) - LSE)
-//       wait for dP;  dS^T = P^T * (dropout(dP) - delta) * score'(S)
-//       start dV += dropout(P)^T dO           P^T and dS^T are their products' A fragments as they stand
-//       dS to shared memory
-//       start dQ = dS K, each consumer a half
-//       start dK += dS^T Q
-//       wait for dQ; leave it in shared memory
+//       wait for dP;  dS^T = P^T * (dropout(dP) - delta) * score'(S), to shared memory
+//       start dV += dropout(P)^T dO, dK += dS^T Q    P^T and dS^T are their products' A fragments as they stand
+//       in every other block, each consumer in its turn:
+//         wait for the other one's dS;  start dQ = dS K
+//         wait for dQ; leave it in shared memory
 //     write dK, dV
+//
+//   The other consumer goes on to its next block of rows, so that one's products run beside the other's exponentials.
 #include "key_tiles.cuh"
 #include "score.cuh"
 #include "transposed.cuh"
 #include "visible.cuh"
 #include "warpgroup.cuh"
 
-static_assert(!IN_TURN && Q_COLUMNS % 64 == 0);  // a consumer's half of dQ
-static_assert(DOUT_STAGES == STAGES && DQ_STAGES == 2);
+static_assert(READERS == 2 && SLICES == 1 && DOUT_STAGES == STAGES);
 static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 
 __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared, const int number) {
@@ -29,14 +29,14 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
   Score<float> score(p);
   const float scale = static_cast<float>(p.scale), keep_scale = static_cast<float>(p.keep_scale);
 
-  // This consumer's keys, and those columns that its share of dQ takes.
+  // This consumer's keys.
   const WarpgroupOperand<Major::K, TileK> k(TileK{shared.k().base + number * KEYS * 128});
   const WarpgroupOperand<Major::K, TileV> v(TileV{shared.v().base + number * KEYS * 128});
-  const WarpgroupOperand<Major::MN, TileK> k_part(TileK{shared.k().base + number * BLOCK_N * 128});
 
   Ring<STAGES> q_ring(shared.q_stages());  // dO's moves along with it
   const Stages<DOUT_STAGES> dout_stages = shared.dout_stages();
-  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
+  Ring<2> ds_ring(shared.ds_stages());  // both consumers fill it; a stage's number says whose dQ empties it
+  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));
 
   for (unsigned phase = 0;; phase ^= 1) {
     const Work work = hear(p, shared.work(), shared.work_stages(), phase);
@@ -123,54 +123,70 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         if (masked) band.mask_transposed(dp, row0, key0, 0.f);
         pack_transposed(ds_words, dp);
 
-        const TileS ds_smem = shared.s(dq_ring.stage);
+        const TileS ds_smem = shared.s(ds_ring.stage);
+        const bool takes_dq = ds_ring.stage == number;
         QFragments dq;
         if (!masked || !named_barrier_or(1, 256, spoilt)) {
+          ds_ring.wait_empty();
           store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
           pin(dv[0]);
           pin(p_words);
           wgmma_fence();
           warpgroup_gemm(dv[0], p_words, WarpgroupOperand<Major::MN, TileO>(dout_smem));
           wgmma_commit();
-          fence_async_shared();
-          named_barrier_sync(1, 256);  // both consumers' dS is here, and the other buffer is free
-          pin(dq[0]);
-          wgmma_fence();
-          warpgroup_gemm<BLOCK_N / 16>(dq[0], WarpgroupOperand<Major::K, TileS>(ds_smem), k_part, false);
-          wgmma_commit();
-          wgmma_wait<1>();
-          pin(dv[0]);
-          pin(p_words);
-          dout_stages.release(q_ring.stage);
+          say_full(ds_ring);
           pin(dk[0]);
           pin(ds_words);
           wgmma_fence();
           warpgroup_gemm(dk[0], ds_words, WarpgroupOperand<Major::MN, TileQ>(q_smem));
           wgmma_commit();
           wgmma_wait<1>();
-          pin(dq[0]);
+          pin(dv[0]);
+          pin(p_words);
+          dout_stages.release(q_ring.stage);
+          wgmma_wait<0>();
+          pin(dk[0]);
+          pin(ds_words);
+          q_ring.stages.release(q_ring.stage);
+          if (takes_dq) {
+            ds_ring.wait();
+            fence_async_shared();  // for both consumers, whose stores are done by now
+            pin(dq[0]);
+            wgmma_fence();
+            warpgroup_gemm<BLOCK_N / 16>(dq[0], WarpgroupOperand<Major::K, TileS>(ds_smem),
+                                         WarpgroupOperand<Major::MN, TileK>(shared.k()), false);
+            wgmma_commit();
+            dq_ring.wait_empty();
+            wgmma_wait<0>();
+            pin(dq[0]);
+            ds_ring.stages.release(ds_ring.stage);
+            hand_over(dq, shared, number, dq_ring);
+            dq_ring.next();
+          }
         } else {
-          const TileS p_smem = shared.s(dq_ring.stage ^ 1);
-          store_transposed(p_smem, p_words, number * KEYS + warp * 16);
-          store_transposed(ds_smem, ds_words, number * KEYS + warp * 16);
-          named_barrier_sync(1, 256);
+          const TileS p_smem = shared.s(ds_ring.stage ^ 1);
           const int key_start = number * KEYS + warp * 16;
-#pragma unroll
-          for (int i = 0; i < Q_COLUMNS / 2; ++i) dq[0][i / 4][i % 4] = 0;
-          add_visible<false>(dq, ds_smem, warp * 16, shared.k(), number * 64, band, first_row, work.first);
+          store_transposed(p_smem, p_words, key_start);
+          store_transposed(ds_smem, ds_words, key_start);
+          say_full(ds_ring);
+          named_barrier_sync(1, 256);
           add_visible<true>(dv, p_smem, key_start, dout_smem, 0, band, first_row, work.first);
           add_visible<true>(dk, ds_smem, key_start, q_smem, 0, band, first_row, work.first);
-          named_barrier_sync(1, 256);
           dout_stages.release(q_ring.stage);
+          q_ring.stages.release(q_ring.stage);
+          if (takes_dq) {
+#pragma unroll
+            for (int i = 0; i < Q_COLUMNS / 2; ++i) dq[0][i / 4][i % 4] = 0;
+            add_visible<false>(dq, ds_smem, warp * 16, shared.k(), 0, band, first_row, work.first);
+            ds_ring.stages.release(ds_ring.stage);
+            dq_ring.wait_empty();
+            hand_over(dq, shared, number, dq_ring);
+            dq_ring.next();
+          }
+          named_barrier_sync(1, 256);  // P's place is free
         }
-
-        dq_ring.wait_empty();
-        hand_over(dq, shared, number, dq_ring);
-        wgmma_wait<0>();
-        pin(dk[0]);
-        pin(ds_words);
-        q_ring.release();
-        dq_ring.next();
+        q_ring.next();
+        ds_ring.next();
       }
     }
     shared.kv_stages().release(0);

@@ -19,10 +19,10 @@ constexpr int DK = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int N = BLOCK_M / 8;  // products of 8 rows along S^T
 static_assert(BLOCK_M == 64 && WARPS == 4 * CONSUMERS && Q_ROWS == 16);
 
-// Consumers share a block of rows, of which each has its keys and a slice of dQ; or they take the blocks in turn.
-constexpr bool IN_TURN = Q_WARPS_D == 1;
-constexpr int SLICES = Q_WARPS_D, SLICE = BLOCK_M * D / SLICES;  // of dQ, of a block of rows
-static_assert(IN_TURN || SLICES == CONSUMERS);
+// READERS consumers share a block of rows, each with its keys; or they take the blocks in turn, READERS == 1.  Its dQ
+// is one consumer's, in turn, too; or each has a slice of it.
+constexpr int SLICES = Q_WARPS_D, SLICE = BLOCK_M * D / SLICES;
+static_assert((READERS == 1 || READERS == CONSUMERS) && (SLICES == 1 || SLICES == READERS));
 
 using TileK = Tile<Element, BLOCK_N, (D + 63) / 64 * 64>;  // dQ's columns may be padded further than HEAD_DIM
 using TileV = Tile<Element, BLOCK_N, (DV + 63) / 64 * 64>;
@@ -35,10 +35,10 @@ using StoredV = Tile<Element, KEYS, TileV::COLS>;
 struct Shared {  // dynamic shared memory
   static constexpr int ROW_SUMS = 2 * BLOCK_M * 4;
   static constexpr int V = TileK::BYTES, Q = V + TileV::BYTES, DOUT = Q + STAGES * TileQ::BYTES;
-  static constexpr int S = DOUT + DOUT_STAGES * TileO::BYTES, DQ = S + 2 * CONSUMERS / SLICES * TileS::BYTES;
+  static constexpr int S = DOUT + DOUT_STAGES * TileO::BYTES, DQ = S + 2 * CONSUMERS / READERS * TileS::BYTES;
   static constexpr int SUMS = DQ + CONSUMERS * DQ_STAGES * SLICE * 4, WORK = SUMS + STAGES * ROW_SUMS;
   static constexpr int RINGS = WORK + Work::BYTES;
-  static constexpr int BYTES = RINGS + 16 * (2 + STAGES + DOUT_STAGES + CONSUMERS * DQ_STAGES);
+  static constexpr int BYTES = RINGS + 16 * (2 + STAGES + DOUT_STAGES + CONSUMERS * DQ_STAGES + 2);
   static_assert(SHARED_BYTES >= BYTES);
   unsigned base;
 
@@ -47,7 +47,8 @@ struct Shared {  // dynamic shared memory
   __device__ __forceinline__ TileQ q(int stage) const { return {base + Q + stage * TileQ::BYTES}; }
   __device__ __forceinline__ TileO dout(int stage) const { return {base + DOUT + stage * TileO::BYTES}; }
   __device__ __forceinline__ unsigned sums(int stage) const { return base + SUMS + stage * ROW_SUMS; }
-  __device__ __forceinline__ TileS s(int buffer, int consumer = 0) const {  // P or dS; the consumer's own, if in turn
+  // P or dS; a consumer's own, if it takes a block of rows alone.
+  __device__ __forceinline__ TileS s(int buffer, int consumer = 0) const {
     return {base + S + (2 * consumer + buffer) * TileS::BYTES};
   }
   __device__ __forceinline__ unsigned dq(int consumer, int stage) const {
@@ -61,14 +62,17 @@ struct Shared {  // dynamic shared memory
   __device__ __forceinline__ Stages<DQ_STAGES> dq_stages(int consumer) const {
     return {base + RINGS + 16 * (2 + STAGES + DOUT_STAGES + DQ_STAGES * consumer)};
   }
+  __device__ __forceinline__ Stages<2> ds_stages() const {  // where one consumer's dQ takes what both have of dS
+    return {base + RINGS + 16 * (2 + STAGES + DOUT_STAGES + CONSUMERS * DQ_STAGES)};
+  }
 
   __device__ __forceinline__ void init() const {
-    constexpr int READERS = IN_TURN ? WARPS / CONSUMERS : WARPS;  // of a block of rows
     work_stages().init(32 * WARPS + CONSUMERS + 1);
     kv_stages().init(WARPS);
-    q_stages().init(READERS);
-    dout_stages().init(READERS);
+    q_stages().init(4 * READERS);
+    dout_stages().init(4 * READERS);
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) dq_stages(consumer).init(1, 4);
+    ds_stages().init(4, WARPS);
     fence_barrier_init();
   }
 };
@@ -179,7 +183,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
       int block = blocks.start;
 #pragma unroll 1
       for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
-        if (IN_TURN && int(turn_to_take++ % CONSUMERS) != consumer) continue;
+        if (SLICES == 1 && int(turn_to_take++ % CONSUMERS) != consumer) continue;
         int* const ticket = p.tickets + 1 + (dq_accum.block + block) * SLICES + consumer % SLICES;
         float* const slice = dq_accum.origin + static_cast<long long>(block * SLICES + consumer % SLICES) * SLICE;
         const unsigned source = shared.dq(consumer, ring.stage);
@@ -233,8 +237,9 @@ __device__ __forceinline__ void put_dq(const float (&dq)[COUNT][4], unsigned pla
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) store_shared(place + ((warp * (Q_COLUMNS / 8) + first + n) * 32 + lane) * 16, dq[n]);
 }
-// All of it is there, for the thread that takes it away.
-__device__ __forceinline__ void say_full(const Ring<DQ_STAGES>& ring) {
+// A warp's part of a stage is there.
+template <int COUNT>
+__device__ __forceinline__ void say_full(const Ring<COUNT>& ring) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) ring.stages.full(ring.stage).arrive();
 }

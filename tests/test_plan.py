@@ -109,15 +109,28 @@ def test_hopper_backward_to_192() -> None:
 
 
 def test_narrow_hopper_backward() -> None:
-    """To 64 columns consumers take blocks of rows in turn, unless dropout or a softcap needs their registers."""
+    """From 33 to 64 columns consumers take blocks of rows in turn, unless dropout or a softcap needs their registers."""
     for options, name in (
         ({}, "backward_narrow_sm90"),
+        ({"head_dim": 40}, "backward_narrow_sm90"),
+        ({"head_dim": 32}, "backward_sm90"),
         ({"causal": True, "scale": -1.0}, "backward_narrow_sm90"),
         ({"dropout": 0.1}, "backward_sm90"),
         ({"softcap": 5.0}, "backward_sm90"),
     ):
         _, main, _ = plan.backward(gradients(problem(**options)), HOPPER).kernels  # type: ignore[arg-type]
         assert main.name == name
+        assert main.shared_bytes <= HOPPER.shared_bytes
+
+
+def test_hopper_backward_to_128() -> None:
+    """One consumer takes all of a block's dQ: its columns are whole products, and it has one ticket."""
+    for options in ({"head_dim": 96}, {"head_dim": 128}, {"head_dim": 24, "dropout": 0.1}):
+        chosen = plan.backward(gradients(problem(**options)), HOPPER)  # type: ignore[arg-type]
+        main, blocks = chosen.kernels[1], -(-300 // 64) * 3 * 2
+        assert (main.name, constants(main)["READERS"]) == ("backward_sm90", 2)
+        assert chosen.dq_accum_bytes == blocks * 64 * -(-options["head_dim"] // 16) * 16 * 4
+        assert chosen.ticket_bytes == 256
         assert main.shared_bytes <= HOPPER.shared_bytes
 
 
