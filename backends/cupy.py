@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from cupy import ndarray
 from cupy.cuda import Device, alloc, get_current_stream
@@ -107,7 +107,8 @@ def _forward(
     return_lse: bool,
     backend: str,
 ) -> Any:
-    _refuse_cpu(call, backend)
+    if backend == "cpu":
+        _refuse_cpu(call, backend)
     if getDevice() != call.device:
         with Device(call.device):
             return _forward(call, q, k, v, alibi, cu_seqlens_q, cu_seqlens_k, seed, return_lse, backend)
@@ -143,12 +144,15 @@ def _cached_dense(q: tuple[Any, ...], k: tuple[Any, ...], v: tuple[Any, ...], op
 
 
 def _key(x: Any) -> tuple[Any, ...]:
-    data = x.data
-    return x.shape, x.strides, x.dtype, data.device_id, data.ptr & 15
+    data = x.data  # it is three times as long to ask for strides as whether they are the usual ones
+    return x.shape, x._c_contiguous or x.strides, x.dtype, data.device_id, data.ptr & 15
 
 
-def _from_key(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: int, ptr: int) -> View:
-    return View(ptr, shape, tuple(step // dtype.itemsize for step in strides), dtype.name, device)
+def _from_key(
+    shape: tuple[int, ...], strides: Literal[True] | tuple[int, ...], dtype: Any, device: int, ptr: int
+) -> View:
+    steps = problem.row_major(shape) if strides is True else tuple(step // dtype.itemsize for step in strides)
+    return View(ptr, shape, steps, dtype.name, device)
 
 
 def _view(name: str, x: Any) -> View:
