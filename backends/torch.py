@@ -71,6 +71,7 @@ def attention(
     """`anyattn.attention` of tensors. out is differentiable with respect to q, k and v; the LSE is not."""
     known = None
     if alibi_slopes is None and not options.dropout and not is_compiling():
+        # Under autocast no guard made without it holds: there is no need to ask.
         kind = _kind(options, backend, None)
         known = kind.recall(q, k, v) if kind else None
     if known:
@@ -164,8 +165,8 @@ def fresh_seed() -> int:
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -> tuple[Tensor, Any]:
     compiling = is_compiling()
     autocast = compiling or _is_any_autocast_enabled()
-    kind = _kind_of(call, torch.get_autocast_dtype(q.device.type) if autocast else None) if not compiling else None
-    known = kind.recall(q, k, v) if kind and autocast else None
+    kind = None if compiling else _kind_of(call, torch.get_autocast_dtype(q.device.type) if autocast else None)
+    known = kind.recall(q, k, v) if kind and autocast else None  # without autocast, `attention` has asked already
     if known is None:
         slopes = call.alibi_slopes
         if isinstance(slopes, Tensor) and slopes.requires_grad and is_grad_enabled():
@@ -196,7 +197,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = dout, q, k, v, out, lse
     compiling = is_compiling()
-    kind = _kind_of(call, torch.are_deterministic_algorithms_enabled()) if not compiling else None
+    kind = None if compiling else _kind_of(call, torch.are_deterministic_algorithms_enabled())
     known = kind.recall(*tensors) if kind else None
     if known is None:
         if compiling or not _eager(q, k, v, dout, out, lse):
@@ -290,8 +291,10 @@ def _forward(
         workspace = empty((size,), torch.uint8)
         extras = {**extras, "workspace": workspace.data_ptr()}
     lse_ptr = 0 if lse is None else lse.data_ptr()
-    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, _raw_stream(device)
-    launch.forward(problem, *pointers, **extras)
+    # One by one: to unpack a tuple of them takes as long again as the call.
+    launch.forward(
+        problem, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, _raw_stream(device), **extras
+    )
     return out, lse
 
 
