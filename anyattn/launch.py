@@ -1,6 +1,7 @@
 """From a plan to the GPU: cubins loaded as cupy.RawModule, one Params struct, launches on the caller's stream.
 
-Everything here takes raw device pointers; who allocated them does not matter. Calls are asynchronous.
+Everything here takes raw device pointers; who allocated them does not matter. Their device is the current one, as it
+has to be for whoever allocates outputs. Calls are asynchronous.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ POINTERS = (
 )  # fmt: skip
 _STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
-_TICKETS = POINTERS.index("tickets")
-_POINTERS = struct.Struct(f"{len(POINTERS)}Q")
+# The first differ from call to call, the others seldom: a launch writes them only if they do.
+_ARRAYS, _OTHERS = POINTERS[:6], POINTERS[6:]
+_PACKED_ARRAYS, _PACKED_OTHERS = (struct.Struct(f"{len(names)}Q") for names in (_ARRAYS, _OTHERS))
+_POINTERS_BYTES = _PACKED_ARRAYS.size + _PACKED_OTHERS.size
+_TICKETS = _OTHERS.index("tickets")
 
 # cuda_src/params.cuh, field by field in the same order (a test compares them); the compiler checks the size.
 PARAMS = np.dtype(
@@ -71,9 +75,10 @@ class _Arguments:
     """A kernel's only argument, Params, in host memory."""
 
     def __init__(self, constants: bytes) -> None:
-        content = bytes(_POINTERS.size) + constants
+        content = bytes(_POINTERS_BYTES) + constants
         self._memory = ctypes.create_string_buffer(content, len(content))
         self.params = memoryview(self._memory).cast("B")  # a ctypes array would copy a slice byte by byte
+        self.others = (0,) * len(_OTHERS)
         self.mapped: tuple[int, ...] = ()  # the pointers whose tensor maps it holds: to encode them takes microseconds
         self._pointer = ctypes.c_void_p(ctypes.addressof(self._memory))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
@@ -99,8 +104,8 @@ def forward(
     """
     prepared = _prepare_forward(problem)
     tickets = workspace if prepared.plan.ticket_bytes else 0  # null: tiles by turns
-    pointers = (q, k, v, 0, out, lse, 0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
-    _launch(prepared, pointers, stream)
+    others = (0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    _launch(prepared, q, k, v, 0, out, lse, others, stream)
 
 
 def backward(
@@ -117,8 +122,8 @@ def backward(
     delta = workspace if parts.delta_bytes else dq
     dq_accum = workspace + parts.delta_bytes
     tickets = dq_accum + parts.dq_accum_bytes
-    pointers = (q, k, v, dout, out, lse, dq, dk, dv, dq_accum, delta, tickets, alibi, cu_seqlens_q, cu_seqlens_k)
-    _launch(prepared, (*pointers, seed), stream)
+    others = (dq, dk, dv, dq_accum, delta, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    _launch(prepared, q, k, v, dout, out, lse, others, stream)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -228,10 +233,10 @@ def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _P
         )
         for kernel in chosen.kernels
     )
-    constants = params.tobytes()[_POINTERS.size :]
+    constants = params.tobytes()[_POINTERS_BYTES:]
     maps: tuple[Callable[[tuple[int, ...]], bytes], ...] = ()
     if chosen.boxes:
-        constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS.size, b"\0")
+        constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS_BYTES, b"\0")
         maps = tuple(_map(problem, name, params, dict(chosen.boxes).get(name)) for name in _MAPS)
     return _Prepared(chosen, launches, _ArgumentsOfThread(constants), maps, problem.device)
 
@@ -272,24 +277,24 @@ def _cuda() -> Any:
     return cupy.cuda
 
 
-def _launch(prepared: _Prepared, pointers: tuple[int, ...], stream: int) -> None:
+def _launch(
+    prepared: _Prepared, q: int, k: int, v: int, dout: int, out: int, lse: int, others: tuple[int, ...], stream: int
+) -> None:
     cuda, arguments = _cuda(), prepared.thread.arguments
-    _POINTERS.pack_into(arguments.params, 0, *pointers)
-    if prepared.maps and arguments.mapped != (mapped := pointers[: len(_MAPS)]):
-        arguments.params[_MAPS_START:] = b"".join([make(pointers) for make in prepared.maps])
+    _PACKED_ARRAYS.pack_into(arguments.params, 0, q, k, v, dout, out, lse)
+    if arguments.others != others:
+        arguments.params[_PACKED_ARRAYS.size : _POINTERS_BYTES] = _PACKED_OTHERS.pack(*others)
+        arguments.others = others
+    if prepared.maps and arguments.mapped != (mapped := (q, k, v, dout)):
+        arguments.params[_MAPS_START:] = b"".join([make(mapped) for make in prepared.maps])
         arguments.mapped = mapped
-    current = cuda.runtime.getDevice()
-    if current != prepared.device or not arguments.used:  # to a new thread it also gives the device's context
+    if not arguments.used:  # a new thread has no context before it names the device
         cuda.runtime.setDevice(prepared.device)
         arguments.used = True
-    try:
-        if prepared.plan.ticket_bytes:
-            cuda.runtime.memsetAsync(pointers[_TICKETS], 0, prepared.plan.ticket_bytes, stream)
-        for function, blocks, threads, shared_bytes in prepared.launches:
-            # The driver's own function: a Function would take as long again to look at what it is given.
-            cuda.driver.launchKernel(
-                function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.kernel_params, 0
-            )
-    finally:
-        if current != prepared.device:
-            cuda.runtime.setDevice(current)
+    if prepared.plan.ticket_bytes:
+        cuda.runtime.memsetAsync(others[_TICKETS], 0, prepared.plan.ticket_bytes, stream)
+    for function, blocks, threads, shared_bytes in prepared.launches:
+        # The driver's own function: a Function would take as long again to look at what it is given.
+        cuda.driver.launchKernel(
+            function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, arguments.kernel_params, 0
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from cupy import ndarray
 from cupy.cuda import Device, alloc, get_current_stream
@@ -68,7 +68,7 @@ def attention_backward(
         dq, dk, dv = (ndarray(shape, q.dtype) for shape in (bp.dq_shape, bp.dk_shape, bp.dv_shape))
         workspace = alloc(launch.workspace_bytes(bp))
         pointers = [x.data.ptr for x in (dout, q, k, v, out, lse, dq, dk, dv)]
-        pointers += [workspace.ptr, get_current_stream().ptr]
+        pointers += [workspace.ptr, get_current_stream(call.device).ptr]
         launch.backward(bp, *pointers, **_extras(alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed or 0))
     return dq, dk, dv
 
@@ -107,7 +107,8 @@ def _forward(
     return_lse: bool,
     backend: str,
 ) -> Any:
-    _refuse_cpu(call, backend)
+    if backend == "cpu":
+        _refuse_cpu(call, backend)
     if getDevice() != call.device:
         with Device(call.device):
             return _forward(call, q, k, v, alibi, cu_seqlens_q, cu_seqlens_k, seed, return_lse, backend)
@@ -116,14 +117,15 @@ def _forward(
     out = ndarray(call.out_shape, q.dtype)
     lse = ndarray(call.lse_shape, call.lse_dtype) if return_lse else None
     lse_ptr = 0 if lse is None else lse.data.ptr
-    pointers = (q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_ptr, get_current_stream().ptr)
-    size = launch.workspace_bytes(call)
-    if alibi is None and cu_seqlens_q is None and not seed and not size:
-        launch.forward(call, *pointers)
-    else:
-        workspace = alloc(size)
+    stream = get_current_stream(call.device)  # without the device it would ask the driver for the current one again
+    extras = {}
+    if alibi is not None or cu_seqlens_q is not None or seed:
         extras = _extras(alibi, cu_seqlens_q, cu_seqlens_k, seed or 0)
-        launch.forward(call, *pointers, **extras, workspace=workspace.ptr)
+    if size := launch.workspace_bytes(call):  # often 0
+        workspace = alloc(size)
+        extras["workspace"] = workspace.ptr
+    # One by one: to unpack a tuple of them takes as long again as the call.
+    launch.forward(call, q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_ptr, stream.ptr, **extras)
     return (out, lse) if return_lse else out
 
 
@@ -143,12 +145,15 @@ def _cached_dense(q: tuple[Any, ...], k: tuple[Any, ...], v: tuple[Any, ...], op
 
 
 def _key(x: Any) -> tuple[Any, ...]:
-    data = x.data
-    return x.shape, x.strides, x.dtype, data.device_id, data.ptr & 15
+    data = x.data  # it is three times as long to ask for strides as whether they are the usual ones
+    return x.shape, x._c_contiguous or x.strides, x.dtype, data.device_id, data.ptr & 15
 
 
-def _from_key(shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: int, ptr: int) -> View:
-    return View(ptr, shape, tuple(step // dtype.itemsize for step in strides), dtype.name, device)
+def _from_key(
+    shape: tuple[int, ...], strides: Literal[True] | tuple[int, ...], dtype: Any, device: int, ptr: int
+) -> View:
+    steps = problem.row_major(shape) if strides is True else tuple(step // dtype.itemsize for step in strides)
+    return View(ptr, shape, steps, dtype.name, device)
 
 
 def _view(name: str, x: Any) -> View:

@@ -69,8 +69,16 @@ def attention(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`anyattn.attention` of tensors. out is differentiable with respect to q, k and v; the LSE is not."""
-    call = _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend)
-    out, lse = _attention(q, k, v, call, return_lse)
+    known = None
+    if alibi_slopes is None and not options.dropout and not is_compiling():
+        # Under autocast no guard made without it holds: there is no need to ask.
+        kind = _kind(options, backend, None)
+        known = kind.recall(q, k, v) if kind else None
+    if known:
+        out, lse = _carry_out(q, k, v, known, return_lse)
+    else:
+        call = _Call(alibi_slopes, _seed(seed, options), None, None, 0, 0, options, backend)
+        out, lse = _attention(q, k, v, call, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -157,9 +165,9 @@ def fresh_seed() -> int:
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -> tuple[Tensor, Any]:
     compiling = is_compiling()
     autocast = compiling or _is_any_autocast_enabled()
-    kind = None if compiling else _kind(call, torch.get_autocast_dtype(q.device.type) if autocast else None)
-    problem = kind.recall(q, k, v) if kind else None
-    if problem is None:
+    kind = None if compiling else _kind_of(call, torch.get_autocast_dtype(q.device.type) if autocast else None)
+    known = kind.recall(q, k, v) if kind and autocast else None  # without autocast, `attention` has asked already
+    if known is None:
         slopes = call.alibi_slopes
         if isinstance(slopes, Tensor) and slopes.requires_grad and is_grad_enabled():
             raise ValueError("alibi_slopes must not require grad, as they get none: pass alibi_slopes.detach()")
@@ -171,11 +179,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -
                 return _forward_operator(q, k, v, *_flat(call))
             return _apply_transformed(q, k, v, call)
         problem = _problem(q, k, v, call, call.options)
+        known = _Known(problem, call, _extras(problem, call), _any_requires_grad(q, k, v))
         if kind:
-            kind.remember(problem, q, k, v)
-    if _differentiable(q, k, v):
-        return _apply_eagerly(q, k, v, call, problem)
-    return _forward(q, k, v, problem, _extras(problem, call), return_lse)
+            kind.remember(known, q, k, v)
+    return _carry_out(q, k, v, known, return_lse)
+
+
+def _carry_out(q: Tensor, k: Tensor, v: Tensor, known: _Known, return_lse: bool) -> tuple[Tensor, Any]:
+    problem, call, extras, requires_grad = known
+    if (requires_grad and is_grad_enabled()) or _forward_mode():
+        return _apply_eagerly(q, k, v, call, problem, extras)
+    return _forward(q, k, v, problem, extras, return_lse)
 
 
 def _attention_backward(
@@ -183,20 +197,21 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = dout, q, k, v, out, lse
     compiling = is_compiling()
-    kind = None if compiling else _kind(call, torch.are_deterministic_algorithms_enabled())
-    bp = kind.recall(*tensors) if kind else None
-    if bp is None:
+    kind = None if compiling else _kind_of(call, torch.are_deterministic_algorithms_enabled())
+    known = kind.recall(*tensors) if kind else None
+    if known is None:
         if compiling or not _eager(q, k, v, dout, out, lse):
             _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
             if compiling or peek_interpreter_stack() is None:
                 return _backward_operator(*tensors, *_flat(call))
             return _apply_gradients(*tensors, call)
         bp = _backward_problem(*tensors, call)
+        known = _Known(bp, call, _extras(bp.problem, call), _any_requires_grad(*tensors))
         if kind:
-            kind.remember(bp, *tensors)
-    if _differentiable(*tensors):  # create_graph=True
+            kind.remember(known, *tensors)
+    if (known.requires_grad and is_grad_enabled()) or _forward_mode():  # create_graph=True
         return _apply_gradients(*tensors, call)
-    return _backward(*tensors, bp, _extras(bp.problem, call))
+    return _backward(*tensors, known.problem, known.extras)
 
 
 def _eager(*tensors: Tensor) -> bool:
@@ -217,12 +232,13 @@ def _eager(*tensors: Tensor) -> bool:
     return True
 
 
-def _differentiable(*tensors: Tensor) -> bool:
-    if is_grad_enabled():
-        for x in tensors:
-            if x.requires_grad:
-                return True
-    return forward_ad._current_level >= 0  # forward mode, which the Functions refuse and the operators would ignore
+def _any_requires_grad(*tensors: Tensor) -> bool:
+    return any(x.requires_grad for x in tensors)
+
+
+def _forward_mode() -> bool:
+    """Differentiation that the Functions refuse and the operators would ignore."""
+    return forward_ad._current_level >= 0
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -261,16 +277,24 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, problem: Problem, extras: dict[str, Any], return_lse: bool = True
 ) -> tuple[Tensor, Any]:
     """out, contiguous in the caller's layout, and the LSE; None for that if nobody wants it, on a GPU."""
-    empty = _empty_on(q)
-    out = empty(problem.out_shape, dtype=q.dtype)
-    lse: Any = empty(problem.lse_shape, dtype=_LSE_DTYPES[problem.lse_dtype]) if return_lse or not q.is_cuda else None
-    if problem.device < 0:
+    device = problem.device
+    if device >= 0 and _current_device() != device:
+        with torch.cuda.device(device):
+            return _forward(q, k, v, problem, extras, return_lse)
+    empty = _empty_on(device)
+    out = empty(problem.out_shape, q.dtype)
+    lse: Any = empty(problem.lse_shape, _LSE_DTYPES[problem.lse_dtype]) if return_lse or device < 0 else None
+    if device < 0:
         host.forward(problem, *(_array(x) for x in (q, k, v, out, lse)), **extras)
-    else:
-        size = launch.workspace_bytes(problem)  # often 0
-        workspace = empty((size,), dtype=torch.uint8) if size else None
-        pointers = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(lse)
-        launch.forward(problem, *pointers, _raw_stream(problem.device), **extras, workspace=_address(workspace))
+        return out, lse
+    if size := launch.workspace_bytes(problem):  # often 0
+        workspace = empty((size,), torch.uint8)
+        extras = {**extras, "workspace": workspace.data_ptr()}
+    lse_ptr = 0 if lse is None else lse.data_ptr()
+    # One by one: to unpack a tuple of them takes as long again as the call.
+    launch.forward(
+        problem, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_ptr, _raw_stream(device), **extras
+    )
     return out, lse
 
 
@@ -281,29 +305,33 @@ def _backward(
     if bp.dout_strides[-1] != 1:  # expanded, as by out.sum(): a copy costs less than loads of one element at a time
         dout = dout.contiguous()
         bp = _cached_backward(bp.problem, _key(dout), _key(out), _key(lse))
-    empty = _empty_on(q)
-    dq, dk, dv = (empty(shape, dtype=q.dtype) for shape in (bp.dq_shape, bp.dk_shape, bp.dv_shape))
-    if bp.problem.device < 0:
+    device = bp.problem.device
+    if device >= 0 and _current_device() != device:
+        with torch.cuda.device(device):
+            return _backward(dout, q, k, v, out, lse, bp, extras)
+    empty = _empty_on(device)
+    dq, dk, dv = (empty(shape, q.dtype) for shape in (bp.dq_shape, bp.dk_shape, bp.dv_shape))
+    if device < 0:
         host.backward(bp, *(_array(x) for x in (dout, q, k, v, out, lse, dq, dk, dv)), **extras)
     else:
-        workspace = empty((launch.workspace_bytes(bp),), dtype=torch.uint8)
+        workspace = empty((launch.workspace_bytes(bp),), torch.uint8)
         inputs = dout.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
         outputs = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), workspace.data_ptr()
-        launch.backward(bp, *inputs, *outputs, _raw_stream(bp.problem.device), **extras)
+        launch.backward(bp, *inputs, *outputs, _raw_stream(device), **extras)
     return dq, dk, dv
 
 
-def _empty_on(q: Tensor) -> Callable[..., Tensor]:
-    """What allocates contiguous tensors where q is."""
-    return _empty_on_current if q.is_cuda and q.get_device() == _current_device() else q.new_empty
+def _empty_on(device: int) -> Callable[[tuple[int, ...], torch.dtype], Tensor]:
+    """What allocates contiguous tensors in host memory or on the current device."""
+    return _empty_on_host if device < 0 else _empty_on_current
 
 
-def _empty_on_current(shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+def _empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _empty_on_current(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _empty_cuda(shape, _row_major(shape), dtype)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> Problem:
@@ -333,8 +361,17 @@ def _backward_problem(
         return core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
 
 
+class _Known(NamedTuple):
+    """All that is the same in calls of which nothing but the tensors' contents and addresses differs."""
+
+    problem: Any  # a Problem or BackwardProblem
+    call: _Call
+    extras: dict[str, Any]
+    requires_grad: bool  # of any of the tensors
+
+
 class _Kind:
-    """Calls with the same arguments besides the tensors: the last few problems, and guards that know them again.
+    """Calls with the same arguments besides the tensors: what is known of the last few, and guards that tell which.
 
     The guards are torch.compile's: at one glance they compare types, dtypes, devices, shapes, strides, requires_grad
     and the dispatch keys in force, by which functorch, tracers and autocast show. To ask for all that takes five times
@@ -342,18 +379,19 @@ class _Kind:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[tuple[Any, Callable[..., bool]], ...] = ()
+        self._known: tuple[tuple[_Known, Callable[..., bool]], ...] = ()
         self._once: set[Any] = set()  # guards take 6 us to make: for the second call like it
 
-    def recall(self, *tensors: Tensor) -> Any:
-        """The problem of the call with these, if it is known."""
+    def recall(self, *tensors: Tensor) -> _Known | None:
+        """What is known of the call with these."""
         if _len_torch_dispatch_stack() == 0:
-            for problem, same in self._known:
+            for known, same in self._known:
                 if same(*tensors) and _aligned(tensors):
-                    return problem
+                    return known
         return None
 
-    def remember(self, problem: Any, *tensors: Tensor) -> None:
+    def remember(self, known: _Known, *tensors: Tensor) -> None:
+        problem = known.problem
         if problem not in self._once:
             if len(self._once) == 64:
                 self._once.clear()
@@ -362,7 +400,7 @@ class _Kind:
             self._once.discard(problem)
             sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
             same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-            self._known = ((problem, same), *self._known[:3])
+            self._known = ((known, same), *self._known[:3])
 
 
 def _aligned(tensors: tuple[Tensor, ...]) -> bool:
@@ -372,18 +410,24 @@ def _aligned(tensors: tuple[Tensor, ...]) -> bool:
     return addresses & 15 == 0
 
 
-def _kind(call: _Call, setting: Any) -> _Kind | None:
-    """None where an argument is a tensor, or not hashable: there is no telling such calls by their arguments."""
+def _kind_of(call: _Call, setting: Any) -> _Kind | None:
+    """None where an argument is a tensor: there is no telling such calls by their arguments."""
     if call.alibi_slopes is not None or call.seed is not None or call.cu_seqlens_q is not None:
         return None
+    return _kind(call.options, call.backend, setting)
+
+
+def _kind(options: Options, backend: str, setting: Any) -> _Kind | None:
+    """Calls without other tensors. `setting` is what the guards don't see: autocast's dtype, if it is on, of a forward
+    call, whether algorithms are to be deterministic of a backward call. None where an option is not hashable."""
     try:
-        return _kinds(call, setting)
+        return _kinds(options, backend, setting)
     except TypeError:
         return None
 
 
 @lru_cache(maxsize=4096)
-def _kinds(call: _Call, setting: Any) -> _Kind:
+def _kinds(options: Options, backend: str, setting: Any) -> _Kind:
     return _Kind()
 
 
@@ -484,14 +528,16 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
 
 class _EagerAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call, problem: Problem) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, problem, _extras(problem, call))
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call, problem: Problem, extras: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, problem, extras)
         _save(ctx, q, k, v, call, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
-        return *_differentiate(ctx, dout), None, None
+        return *_differentiate(ctx, dout), None, None, None
 
 
 class _Attention(torch.autograd.Function):

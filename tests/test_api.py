@@ -396,7 +396,8 @@ def host_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(launch, name, getattr(kernels, name))
     monkeypatch.setattr(adapter, "Device", Device)
     monkeypatch.setattr(adapter, "getDevice", lambda: Device.current)
-    monkeypatch.setattr(adapter, "get_current_stream", lambda: types.SimpleNamespace(ptr=STREAM))
+    streams = lambda device: types.SimpleNamespace(ptr=STREAM if device == Device.current else None)
+    monkeypatch.setattr(adapter, "get_current_stream", streams)
     before = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(lambda size: cupy.cuda.MemoryPointer(HostMemory(size), 0))
     yield types.SimpleNamespace(kernels=kernels, memory=HostMemory, device=Device, adapter=adapter)
@@ -423,6 +424,16 @@ def test_cupy_looks_a_repeated_call_up(host_cupy: Any) -> None:
     anyattn.attention(q, k, v, causal=True)
     after = host_cupy.adapter._cached_dense.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
+def test_cupy_tells_strides_apart(host_cupy: Any) -> None:
+    """Of the same shape, contiguous or not in one way or another."""
+    x = arrays((6, 6, 6))[0]
+    turned = [x, x.transpose(1, 0, 2), x.transpose(2, 1, 0), x[::-1], np.broadcast_to(x[:1], x.shape)]
+    for q in turned:
+        for k in turned:
+            out = anyattn.attention(to_cupy(q), to_cupy(k), to_cupy(x))
+            np.testing.assert_array_equal(from_cupy(out), anyattn.attention(q, k, x))
 
 
 def test_cupy_computes_on_the_arrays_device(host_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ arrays, poisoned memory and determinism (test_gpu.py), PyTorch's graphs and erro
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import types
@@ -201,33 +202,58 @@ def test_first_call_of_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             check(FIRST.case, FIRST.dtype, inputs, results)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("current", [0, 1])
-def test_the_current_device_comes_back(current: int, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel is launched with its arrays' device current; afterwards the caller's is, even if the launch failed."""
-    now, launched_on = [current], []
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A driver that keeps what it is asked for, and a kernel to launch without maps or tickets."""
+    seen = types.SimpleNamespace(devices=[], pointers=[])
 
-    def launch_kernel(*_: Any) -> None:
-        launched_on.append(now[0])
-        if fails:
-            raise RuntimeError("launch failed")
+    def launch_kernel(*arguments: Any) -> None:
+        (params,) = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p * 1)).contents
+        values = (ctypes.c_uint64 * len(launch.POINTERS)).from_address(params)
+        seen.pointers.append(dict(zip(launch.POINTERS, values, strict=True)))
 
-    runtime = types.SimpleNamespace(getDevice=lambda: now[0], setDevice=lambda device: now.__setitem__(0, device))
-    driver = types.SimpleNamespace(launchKernel=launch_kernel)
-    monkeypatch.setattr(launch, "_cuda", lambda: types.SimpleNamespace(runtime=runtime, driver=driver))
-    prepared = types.SimpleNamespace(
-        device=1,
-        plan=types.SimpleNamespace(ticket_bytes=0),
-        thread=launch._ArgumentsOfThread(b""),
-        maps=(),
-        launches=((0, 1, 32, 0),),
-    )
-    try:
-        launch._launch(prepared, (0,) * len(launch.POINTERS), 0)  # type: ignore[arg-type]
-    except RuntimeError:
-        assert fails
-    assert launched_on == [1]
-    assert now == [current]
+    runtime = types.SimpleNamespace(setDevice=seen.devices.append)
+    cuda = types.SimpleNamespace(runtime=runtime, driver=types.SimpleNamespace(launchKernel=launch_kernel))
+    prepared = launch._Prepared(plan.Plan((), 0, 0), ((0, 1, 32, 0),), launch._ArgumentsOfThread(b""), (), 1)
+    monkeypatch.setattr(launch, "_cuda", lambda: cuda)
+    for name in ("_prepare_forward", "_prepare_backward"):
+        monkeypatch.setattr(launch, name, lambda problem: prepared)
+    return seen
+
+
+def test_each_thread_names_the_device_once(driver: types.SimpleNamespace) -> None:
+    """A launch needs a context, which a thread lacks until it has named a device."""
+
+    def twice() -> None:
+        for _ in range(2):
+            launch.forward(None, 1, 2, 3, 4, 5, 0)  # type: ignore[arg-type]
+
+    twice()
+    thread = threading.Thread(target=twice)
+    thread.start()
+    thread.join()
+    assert len(driver.pointers) == 4
+    assert driver.devices == [1, 1]
+
+
+def test_no_pointer_outlives_its_call(driver: types.SimpleNamespace) -> None:
+    """Every launch sees its own call's, whatever the last one's were."""
+    calls: list[tuple[dict[str, int], dict[str, int]]] = [
+        ({"q": 1, "k": 2, "v": 3, "out": 4, "lse": 5}, {}),
+        ({"q": 1, "k": 2, "v": 3, "out": 6, "lse": 0}, {"alibi": 7, "cu_seqlens_q": 8, "cu_seqlens_k": 9}),
+        ({"q": 1, "k": 2, "v": 3, "out": 6, "lse": 0}, {"seed": 2**64 - 1}),
+        ({"q": 1, "k": 2, "v": 3, "out": 6, "lse": 7}, {}),
+        ({"dout": 1, "q": 2, "k": 3, "v": 4, "out": 5, "lse": 6, "dq": 7, "dk": 8, "dv": 9}, {"seed": 1}),
+        ({"q": 10, "k": 2, "v": 3, "out": 6, "lse": 7}, {}),
+    ]
+    for pointers, others in calls:
+        if "dout" in pointers:
+            launch.backward(None, **pointers, workspace=10, stream=0, **others)  # type: ignore[arg-type]
+            others = {**others, "delta": 7, "dq_accum": 10, "tickets": 10}  # the plan's parts have no bytes
+        else:
+            launch.forward(None, **pointers, stream=0, **others)  # type: ignore[arg-type]
+        wanted = {"alibi_slopes" if name == "alibi" else name: x for name, x in {**pointers, **others}.items()}
+        assert driver.pointers[-1] == {**dict.fromkeys(launch.POINTERS, 0), **wanted}
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

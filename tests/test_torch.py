@@ -10,15 +10,18 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 
 import anyattn
-from anyattn import host
+from anyattn import host, launch
+from anyattn.problem import Problem
 from tests.cases import CASES, DTYPES, Array, Case, Results, check, make, storage
 from tests.device import arrays
+from tests.test_api import STREAM, HostKernels
 
 torch: Any = pytest.importorskip("torch")
 adapter: Any = pytest.importorskip("anyattn.backends.torch")
@@ -982,6 +985,70 @@ def test_another_device_than_the_current_one() -> None:
     close(gradients(anyattn.attention, *inputs), gradients(plain, *inputs))
     with pytest.raises(ValueError, match=r"k must be on q's device, cuda:1, got cuda:0"):
         anyattn.attention(inputs[0], inputs[1].to("cuda:0"), inputs[2])
+
+
+@pytest.fixture
+def second_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Tensors in host memory pass for tensors on device 1, which exists no more than device 0, the current one."""
+    kernels = HostKernels()
+    gpu = SimpleNamespace(current=0, asked=[])
+
+    class Device:
+        def __init__(self, ordinal: int) -> None:
+            self.ordinal = ordinal
+
+        def __enter__(self) -> None:
+            self.before, gpu.current = gpu.current, self.ordinal
+
+        def __exit__(self, *_: Any) -> None:
+            gpu.current = self.before
+
+    def on_current(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (gpu.asked.append((what, gpu.current)), function(*args, **kwargs))[1]
+
+    from_key = adapter._from_key
+    monkeypatch.setattr(adapter, "_from_key", lambda *key: from_key(*key[:3], 1, key[4]))
+    monkeypatch.setattr(adapter, "_raw_stream", lambda device: STREAM)
+    monkeypatch.setattr(adapter, "_current_device", lambda: gpu.current)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    empty = on_current("empty", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype))
+    monkeypatch.setattr(adapter, "_empty_cuda", empty)
+    for name in ("forward", "backward", "workspace_bytes"):
+        monkeypatch.setattr(launch, name, on_current(name, getattr(kernels, name)))
+    caches = (adapter._dense, adapter._cached_backward, adapter._kinds)
+    for cache in caches:
+        cache.cache_clear()
+    yield gpu
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("workspace", [0, 1000])
+def test_the_tensors_device_is_current_for_the_work(
+    workspace: int, second_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not workspace:
+        needed = launch.workspace_bytes
+        monkeypatch.setattr(launch, "workspace_bytes", lambda call: 0 if isinstance(call, Problem) else needed(call))
+    inputs = operands(grad=True)
+    for _ in range(4):  # by and by the call is known again
+        close(gradients(anyattn.attention, *inputs), gradients(plain, *inputs))
+        with torch.no_grad():
+            close(anyattn.attention(*inputs), plain(*inputs))
+            out, lse = anyattn.attention(*inputs, return_lse=True)
+        assert lse.isfinite().all()
+        close(out, plain(*inputs))
+    assert {device for _, device in second_gpu.asked} == {1}
+    assert {"empty", "forward", "backward"} <= {what for what, _ in second_gpu.asked}
+    assert second_gpu.current == 0
+
+
+def test_no_lse_unless_asked_for(second_gpu: Any) -> None:
+    inputs = operands()
+    for _ in range(4):
+        second_gpu.asked.clear()
+        anyattn.attention(*inputs)
+        assert [what for what, _ in second_gpu.asked].count("empty") == 2  # out, and the workspace of these kernels
 
 
 @pytest.mark.gpu

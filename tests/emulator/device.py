@@ -89,7 +89,7 @@ class _Emulator:
         self.timing, self.seed, self.resident = timing, seed, resident
         self.arrays: list[_Array] = []
         runtime = types.SimpleNamespace(
-            getDevice=lambda: 0, setDevice=lambda ordinal: None, memsetAsync=self.memset, deviceSynchronize=lambda: None
+            setDevice=lambda ordinal: None, memsetAsync=self.memset, deviceSynchronize=lambda: None
         )
         self.cuda = types.SimpleNamespace(runtime=runtime, driver=types.SimpleNamespace(launchKernel=self.launch))
         self.cupy = types.SimpleNamespace(empty=self.empty, cuda=self.cuda)
