@@ -238,6 +238,7 @@ synchronize = torch.cuda.synchronize
 q, k, v = (torch.randn(1, 1024, 8, 64).to("cuda", torch.bfloat16) for _ in range(3))
 """,
 }
+_FIRST_CALL["CuPy imported, PyTorch"] = "import cupy" + _FIRST_CALL["PyTorch"]  # else the call imports it
 _TIME_IT = """
 import anyattn, time
 synchronize()
@@ -271,6 +272,7 @@ def imports() -> Iterator[Row]:
 def _in_process(program: str, **environment: str) -> float:
     command = [sys.executable, "-c", program]
     environment = {**os.environ, **environment}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     done = subprocess.run(command, cwd=common.ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout)
 

@@ -109,7 +109,7 @@ def test_hopper_backward_to_192() -> None:
 
 
 def test_narrow_hopper_backward() -> None:
-    """From 33 to 64 columns consumers take blocks of rows in turn, unless dropout or a softcap needs their registers."""
+    """Of 33 to 64 columns consumers take blocks of rows in turn, unless dropout or a softcap needs their registers."""
     for options, name in (
         ({}, "backward_narrow_sm90"),
         ({"head_dim": 40}, "backward_narrow_sm90"),
