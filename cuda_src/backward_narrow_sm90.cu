@@ -37,6 +37,7 @@ struct Step {
   const Score<float>& score;
   const Band& band;
   int first_key, first_row, stage;  // of the tile of keys, of the block of rows
+  bool masked;                      // whether something is hidden
 
   __device__ __forceinline__ TileQ q() const { return shared.q(stage); }
   __device__ __forceinline__ TileO dout() const { return shared.dout(stage); }
@@ -48,11 +49,6 @@ struct Step {
   }
   // Of this warp's first entry, in the tile.
   __device__ __forceinline__ int key(int half) const { return half * KEYS + recompute(threadIdx.x / 32 % 4) * 16; }
-
-  __device__ __forceinline__ bool masked(int half) const {
-    const int key = first_key + half * KEYS;
-    return !band.whole(first_row, BLOCK_M, key, key + KEYS);
-  }
 
   __device__ __forceinline__ void start_scores(int half, float (&s)[N][4], float (&dp)[N][4],
                                                float (&lse)[N][2]) const {
@@ -76,7 +72,7 @@ struct Step {
     pin(s);
     apply_transposed(s, score, row0(), key0(half));
     exponentiate_transposed(s, score.factor, lse);
-    if (masked(half)) band.mask_transposed(s, row0(), key0(half), 0.f);  // not before: LSE may be NaN
+    if (masked) band.mask_transposed(s, row0(), key0(half), 0.f);  // not before: LSE may be NaN
   }
 
   // dP - delta -> dS.
@@ -84,7 +80,7 @@ struct Step {
     pin(dp);
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) dp[i / 4][i % 4] *= s[i / 4][i % 4];
-    if (masked(half)) band.mask_transposed(dp, row0(), key0(half), 0.f);
+    if (masked) band.mask_transposed(dp, row0(), key0(half), 0.f);
   }
 };
 
@@ -148,6 +144,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
     const Sequence& sequence = work.sequence;
     const Band band(p, sequence);
     const RowBlocks blocks(band, work.first);
+    const Band::Blocks whole = band.whole_row_blocks(work.first, BLOCK_N, BLOCK_M);
     float dk[2][1][DK / 8][4] = {}, dv[2][1][DV / 8][4] = {};  // of each half: [KEYS, DK], [KEYS, DV]
 
     shared.kv_stages().full(0).wait(phase);
@@ -161,7 +158,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         q_ring.next();
         continue;
       }
-      const Step step{p, shared, score, band, work.first, block * BLOCK_M, q_ring.stage};
+      const Step step{p, shared, score, band, work.first, block * BLOCK_M, q_ring.stage, !whole.has(block)};
       const TileS ds_smem = shared.s(dq_ring.stage, number);
       const WarpgroupOperand<Major::MN, TileQ> q(step.q());
       const WarpgroupOperand<Major::MN, TileO> dout(step.dout());
@@ -178,7 +175,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         return named_barrier_or(own_barrier, 128,
                                 keys_spoilt || any_non_finite<128>(step.q()) || any_non_finite<128>(step.dout()));
       };
-      if ((step.masked(0) || step.masked(1)) && spoilt()) {
+      if (step.masked && spoilt()) {
         const TileS p_smem = shared.s(dq_ring.stage ^ 1, number);
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
@@ -221,7 +218,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         wgmma_wait<0>();
         finished(dv[0][0], p_words);
         finished(dk[0][0], ds_words);
-        if (work.first + KEYS < band.high(step.last_row())) {
+        if (!step.masked || work.first + KEYS < band.high(step.last_row())) {
           start_half(1);
           fence_async_shared();
           named_barrier_sync(own_barrier, 128);  // all of dS is here

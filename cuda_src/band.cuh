@@ -62,10 +62,13 @@ struct Band {
     return first + count <= seqlen_q && all_see(first, first + count - 1, key_begin, key_end);
   }
 
-  // Blocks of keys that rows [first, first + count) may see: [begin, end).
-  struct Blocks {
+  struct Blocks {  // [begin, end)
     int begin, end;
+
+    __device__ __forceinline__ bool has(int block) const { return block >= begin && block < end; }
   };
+
+  // Blocks of keys that rows [first, first + count) may see.
   __device__ __forceinline__ Blocks key_blocks(int first, int count, int block) const {
     return blocks(low(first), high(min(first + count, seqlen_q) - 1), block);
   }
@@ -75,6 +78,12 @@ struct Band {
     const int begin = max(0, first - offset - right);
     const int end = min(seqlen_q, min(first + count, seqlen_k) - 1 - offset + left + 1);
     return blocks(begin, end, block);
+  }
+
+  // Those of them that are whole, told once for all.
+  __device__ __forceinline__ Blocks whole_row_blocks(int first, int count, int block) const {
+    const int begin = max(0, first + count - 1 - offset - right), end = min(seqlen_q, first + left - offset + 1);
+    return {(begin + block - 1) / block, first + count <= seqlen_k ? max(end, 0) / block : 0};
   }
 
  private:
