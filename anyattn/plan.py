@@ -405,7 +405,7 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
 def default_specs(arch: str) -> list[Spec]:
     """What `anyattn compile` builds: every kernel with every tile that fits an architecture.
 
-    For a plain call, or for one with dropout where a plain one takes another kernel.
+    For a plain call of the greatest head dim that takes it, or for one with dropout where no plain one does.
     """
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}
@@ -418,8 +418,9 @@ def default_specs(arch: str) -> list[Spec]:
     for name, shared, planner in planners:
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
-                for dropout in (0.0, 0.1):
-                    problem = _plain(dtype, tile["head_dim"], dropout)
+                plain = [(head_dim, 0.0) for head_dim in range(tile["head_dim"], 0, -8)]
+                for head_dim, dropout in (*plain, (tile["head_dim"], 0.1)):
+                    problem = _plain(dtype, head_dim, dropout)
                     if shared(tile, problem) > device.shared_bytes:
                         break
                     call: Any = _plain_backward(problem) if name.startswith("backward") else problem
