@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,10 @@ def _grid(result: dict[str, Any]) -> Any:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.96), ncols=len(names), frameon=False)
     kernel = "" if result["kernel"] == "auto" else f", kernel {result['kernel']}"
-    ratio = means["ratio"]["FLASH"]
-    title = f"{result['dtype']} {result['direction']}{kernel}: anyattn is {ratio:.2f}x FLASH (geometric means below)"
+    ratio, rival = means["ratio"]["FLASH"], "FLASH"
+    if math.isnan(ratio):  # it was not among the contenders
+        ratio, rival = means["ratio"]["best"], "the best other in each cell"
+    title = f"{result['dtype']} {result['direction']}{kernel}: anyattn is {ratio:.2f}x {rival} (geometric means below)"
     figure.suptitle(title, y=1.0)
     figure.text(0.5, 0.0, footer(result["meta"]), ha="center", fontsize=8, color="#555555")
     figure.subplots_adjust(top=0.88, hspace=0.3, bottom=0.09, wspace=0.05)
