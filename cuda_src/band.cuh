@@ -73,6 +73,11 @@ struct Band {
     return blocks(low(first), high(min(first + count, seqlen_q) - 1), block);
   }
 
+  // Those of them that all rows of [first, last] see whole.
+  __device__ __forceinline__ Blocks whole_key_blocks(int first, int last, int block) const {
+    return {(low(last) + block - 1) / block, high(first) / block};
+  }
+
   // Blocks of rows that may see keys [first, first + count).
   __device__ __forceinline__ Blocks row_blocks(int first, int count, int block) const {
     const int begin = max(0, first - offset - right);

@@ -31,7 +31,6 @@ constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int ROWS = 64, BLOCK_M = ROWS * CONSUMERS;  // rows of a consumer and of a tile
 constexpr int D = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 15) / 16 * 16;
 constexpr int N = BLOCK_N / 8, N_OUT = DV / 8;
-constexpr bool IN_TURN = CONSUMERS == 2;  // three have enough to do beside each other
 
 // Boxes are 64 columns wide, so tiles are whole panels of 128 bytes; products stop at D and DV.
 using TileQ = Tile<Element, ROWS, (D + 63) / 64 * 64>;
@@ -116,28 +115,30 @@ __device__ __forceinline__ void produce_q(const TmaParams& p, const Shared share
   }
 }
 
-// Another one brings K and V.
-__device__ __forceinline__ void produce_kv(const TmaParams& p, const Shared shared) {
+// Another one brings K, a third one V, each as soon as its own ring has room: a block of K is needed before the V of
+// the block behind it.
+template <bool VALUES>
+__device__ __forceinline__ void produce_keys(const TmaParams& p, const Shared shared) {
   Ring<1> work_ring(shared.work_stages());
-  Ring<STAGES> k_ring(shared.k_stages()), v_ring(shared.v_stages());
+  Ring<STAGES> ring(VALUES ? shared.v_stages() : shared.k_stages());
   while (true) {
-    work_ring.wait();
+    work_ring.stages.full(0).wait_asleep(work_ring.phase);
     const Work work = Work::read(p, shared.work());
     if (!work.valid()) return;
     const Band::Blocks blocks = Band(p, work.sequence).key_blocks(work.first, BLOCK_M, BLOCK_N);
     const int head_kv = work.head / p.group, batch = work.sequence.batch;
-    // The next tile is taken when this one has two blocks left to bring: late, so that thread blocks get alike.
+    // The next tile is taken when this one has two blocks of K left to bring: late, so that thread blocks get alike.
     const int two_left = min(blocks.begin + 1, blocks.end - 1);
-    if (two_left < blocks.begin) work_ring.stages.empty(0).arrive();
+    if (VALUES || two_left < blocks.begin) work_ring.stages.empty(0).arrive();
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
-      if (block == two_left) work_ring.stages.empty(0).arrive();
+      if (!VALUES && block == two_left) work_ring.stages.empty(0).arrive();
       const int row = static_cast<int>(work.sequence.start_k) + block * BLOCK_N;
-      k_ring.wait_empty();
-      load(shared.k(k_ring.stage), k_ring.expect(TileK::BYTES), p.k_map, p.k_strides, row, head_kv, batch);
-      k_ring.next();
-      v_ring.wait_empty();
-      load(shared.v(v_ring.stage), v_ring.expect(TileV::BYTES), p.v_map, p.v_strides, row, head_kv, batch);
-      v_ring.next();
+      ring.wait_empty();
+      if constexpr (VALUES)
+        load(shared.v(ring.stage), ring.expect(TileV::BYTES), p.v_map, p.v_strides, row, head_kv, batch);
+      else
+        load(shared.k(ring.stage), ring.expect(TileK::BYTES), p.k_map, p.k_strides, row, head_kv, batch);
+      ring.next();
     }
     work_ring.next();
   }
@@ -149,7 +150,7 @@ struct Strip {
   int first, last, head, batch;
   Sequence sequence;
   Band band;
-  Band::Blocks brought, seen;  // the blocks of keys that the producer brings, and those of them that it sees
+  Band::Blocks brought, seen, whole;  // blocks of keys: which the producers bring, it sees some of, all of
 
   __device__ __forceinline__ Strip(const Params& p, const Work& work, int consumer)
       : valid(work.valid()),
@@ -161,6 +162,7 @@ struct Strip {
     last = min(first + ROWS, sequence.seqlen_q) - 1;
     brought = band.key_blocks(work.first, BLOCK_M, BLOCK_N);
     seen = band.key_blocks(first, ROWS, BLOCK_N);
+    whole = band.whole_key_blocks(first, last, BLOCK_N);
     if (first > last || seen.begin >= seen.end) seen = {brought.begin, brought.begin};
   }
 
@@ -211,37 +213,24 @@ struct Consumer {
           start_scores(s);
           pass_turn();
           wgmma_wait<0>();
-          finish_scores(s, strip, strip.seen.end - 1);
-          softmax.exponentiate_first<Element>(probs, s, score.factor);
+          finish_scores<true>(s, strip, strip.seen.end - 1);
+          if constexpr (AHEAD) {
+            softmax.exponentiate_first<Element>(probs, s, score.factor);
+          } else {
+            float shrink[1][2];
+            softmax.raise_maximum(s, shrink, score.factor);
+            softmax.exponentiate(s, score.factor);
+            pack_probs(s);
+          }
           drop(probs, strip, strip.seen.end - 1);
         }
-        for (int block = strip.seen.end - 2; block >= strip.seen.begin; --block) {
-          float s[1][N][4], shrink[1][2];
-          wait_turn();
-          start_scores(s);
-          start_output(strip, block + 1);
-          pass_turn();
-          wgmma_wait<1>();
-          finish_scores(s, strip, block);
-          if constexpr (AHEAD) {
-            unsigned next_probs[N / 2][4];
-            const bool moved = softmax.exponentiate_ahead<Element>(next_probs, s, shrink, score.factor);
-            drop(next_probs, strip, block);
-            pin(next_probs);
-            finish_output();
-            if (moved) softmax.rescale(o, shrink);
-            copy(next_probs);
+        for (int block = strip.seen.end - 2; block >= strip.seen.begin;) {
+          if (strip.whole.has(block)) {  // a loop of its own, without the instructions of a mask in its midst
+            const int last = max(strip.whole.begin, strip.seen.begin);
+#pragma unroll 1
+            for (; block >= last; --block) step<false>(strip, block);
           } else {
-            const bool moved = softmax.raise_maximum(s, shrink, score.factor);
-            if (moved) softmax.l[0][0] *= shrink[0][0], softmax.l[0][1] *= shrink[0][1];
-            softmax.exponentiate(s, score.factor);
-            keep_before(softmax.l[0]);
-            finish_output();
-            if (moved) softmax.rescale(o, shrink);
-#pragma unroll
-            for (int i = 0; i < 2 * N; ++i)
-              probs[i / 4][i % 4] = pack(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1], Element{});
-            drop(probs, strip, block);
+            step<true>(strip, block--);
           }
         }
         start_output(strip, strip.seen.begin);
@@ -252,13 +241,51 @@ struct Consumer {
     }
   }
 
+  // P of a block of keys, beside O of the one behind it.
+  template <bool MASKED>
+  __device__ __forceinline__ void step(const Strip& strip, int block) {
+    float s[1][N][4], shrink[1][2];
+    wait_turn();
+    start_scores(s);
+    start_output(strip, block + 1);
+    pass_turn();
+    wgmma_wait<1>();
+    finish_scores<MASKED>(s, strip, block);
+    if constexpr (AHEAD) {
+      unsigned next_probs[N / 2][4];
+      const bool moved = softmax.exponentiate_ahead<Element>(next_probs, s, shrink, score.factor);
+      drop(next_probs, strip, block);
+      pin(next_probs);
+      finish_output();
+      if (moved) softmax.rescale(o, shrink);
+      copy(next_probs);
+    } else {
+      softmax.raise_maximum(0, s, shrink, score.factor);
+      softmax.template exponentiate<0, N>(0, 0, s, score.factor);
+      softmax.raise_maximum(1, s, shrink, score.factor);
+      keep_before(softmax.l[0]);  // O shrinks beside the exponentials that are left
+      finish_output();
+      softmax.rescale(o, shrink);
+      softmax.template exponentiate<N, 2 * N>(0, 0, s, score.factor);
+      softmax.template exponentiate<0, 2 * N>(0, 1, s, score.factor);
+      pack_probs(s);
+      drop(probs, strip, block);
+    }
+  }
+
+  __device__ __forceinline__ void pack_probs(const float (&s)[1][N][4]) {
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i)
+      probs[i / 4][i % 4] = pack(s[0][i / 2][i % 2 * 2], s[0][i / 2][i % 2 * 2 + 1], Element{});
+  }
+
   // A turn for each block of keys, with named barriers behind those of strips: the one before has arrived at this
   // one's.
   __device__ __forceinline__ void wait_turn() const {
-    if constexpr (IN_TURN) named_barrier_sync(1 + CONSUMERS + number, 256);
+    named_barrier_sync(1 + CONSUMERS + number, 256);
   }
   __device__ __forceinline__ void pass_turn() const {
-    if constexpr (IN_TURN) named_barrier_arrive(1 + CONSUMERS + (number + 1 == CONSUMERS ? 0 : number + 1), 256);
+    named_barrier_arrive(1 + CONSUMERS + (number + 1 == CONSUMERS ? 0 : number + 1), 256);
   }
 
   // The next strip.
@@ -274,13 +301,15 @@ struct Consumer {
     wgmma_commit();
   }
 
+  template <bool MASKED>
   __device__ __forceinline__ void finish_scores(float (&s)[1][N][4], const Strip& strip, int block) {
     pin(s[0]);
     k_ring.release();
     const int first_key = block * BLOCK_N, row0 = strip.first + warp * 16 + lane / 4, key0 = first_key + lane % 4 * 2;
     score.select(p, strip.band, strip.batch, strip.head);
     score.apply(s, row0, key0);
-    if (!strip.band.all_see(strip.first, strip.last, first_key, first_key + BLOCK_N)) strip.band.mask(s, row0, key0);
+    if (MASKED && !strip.band.all_see(strip.first, strip.last, first_key, first_key + BLOCK_N))
+      strip.band.mask(s, row0, key0);
   }
 
   __device__ __forceinline__ void drop(unsigned (&words)[N / 2][4], const Strip& strip, int block) const {
@@ -385,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
   extern __shared__ __align__(1024) unsigned char memory[];
   const Shared shared{shared_address(memory)};
   if (threadIdx.x == 0) {
-    shared.work_stages().init(128 * CONSUMERS + 1);
+    shared.work_stages().init(128 * CONSUMERS + 2);
     shared.q_stages().init(4 * CONSUMERS);
     shared.k_stages().init(4 * CONSUMERS);
     shared.v_stages().init(4 * CONSUMERS);
@@ -399,6 +428,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
     return;  // the order of the two matters: after the producers', ptxas takes this path to be divergent (C7518)
   }
   release_registers<PRODUCER_REGISTERS>();
-  if (threadIdx.x == 0) produce_kv(p, shared);
-  if (threadIdx.x == 32) produce_q(p, shared);
+  if (threadIdx.x == 0) produce_q(p, shared);
+  if (threadIdx.x == 32) produce_keys<false>(p, shared);
+  if (threadIdx.x == 64) produce_keys<true>(p, shared);
 }

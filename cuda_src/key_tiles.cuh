@@ -188,7 +188,7 @@ __device__ __forceinline__ void take_dq(const Params& p, const Shared shared, co
         float* const slice = dq_accum.origin + static_cast<long long>(block * SLICES + consumer % SLICES) * SLICE;
         const unsigned source = shared.dq(consumer, ring.stage);
         bool first;
-        ring.wait();
+        ring.stages.full(ring.stage).wait_asleep(ring.phase);
         fence_async_shared();  // for its writers, too: they would lose hundreds of cycles to it
         // Wrong lengths may share a ticket: never wait for equality.
         if constexpr (DETERMINISTIC) {

@@ -31,7 +31,7 @@ struct Ring {
   }
 
   // The producer's: wait until the stage is empty; then say that `bytes` are to come, to the barrier that counts them.
-  __device__ __forceinline__ void wait_empty() const { stages.empty(stage).wait(phase ^ 1); }
+  __device__ __forceinline__ void wait_empty() const { stages.empty(stage).wait_asleep(phase ^ 1); }
   __device__ __forceinline__ Barrier expect(int bytes) const {
     const Barrier full = stages.full(stage);
     full.arrive_and_expect(bytes);

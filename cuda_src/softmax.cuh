@@ -46,25 +46,41 @@ struct Softmax {
     return true;
   }
 
+  // The same for one of the lane's two rows, without a branch; l has shrunk when it returns.
+  template <int N>
+  __device__ __forceinline__ void raise_maximum(int half, const Accum (&s)[M][N][4], Accum (&shrink)[M][2],
+                                                Accum factor) {
+    static_assert(M == 1);
+    const Accum before = m[0][half];
+    Accum top = s[0][0][2 * half];
+#pragma unroll
+    for (int j = 1; j < 2 * N; ++j) top = max(top, s[0][j / 2][2 * half + j % 2]);
+    m[0][half] = max(before, max_of_row(top));
+    shrink[0][half] = before == m[0][half] ? 1 : exp2_fast((before - m[0][half]) * factor);
+    l[0][half] *= shrink[0][half];
+  }
+
   template <int N_OUT>
   static __device__ __forceinline__ void rescale(Accum (&o)[M][N_OUT][4], const Accum (&shrink)[M][2]) {
 #pragma unroll
     for (int i = 0; i < 4 * M * N_OUT; ++i) o[i / 4 % M][i / 4 / M][i % 4] *= shrink[i / 4 % M][i % 4 / 2];
   }
 
-  // scores -> exp2(factor * (score - maximum))
+  // scores -> exp2(factor * (score - maximum)); some of a lane's columns, or all
+  template <int BEGIN, int END, int N>
+  __device__ __forceinline__ void exponentiate(int tile, int half, Accum (&s)[M][N][4], Accum factor) {
+    const Accum below = shift(tile, half, factor);
+#pragma unroll
+    for (int j = BEGIN; j < END; ++j) {
+      Accum& x = s[tile][j / 2][2 * half + j % 2];
+      x = exp2(x * factor - below);
+      l[tile][half] += x;
+    }
+  }
   template <int N>
   __device__ __forceinline__ void exponentiate(Accum (&s)[M][N][4], Accum factor) {
 #pragma unroll
-    for (int i = 0; i < 2 * M; ++i) {
-      const Accum below = shift(i / 2, i % 2, factor);
-#pragma unroll
-      for (int j = 0; j < 2 * N; ++j) {
-        Accum& x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
-        x = exp2(x * factor - below);
-        l[i / 2][i % 2] += x;
-      }
-    }
+    for (int i = 0; i < 2 * M; ++i) exponentiate<0, 2 * N>(i / 2, i % 2, s, factor);
   }
 
   // The same for a warpgroup's block: P goes straight into the words of the next product's A fragments.  Nothing was

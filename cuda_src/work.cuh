@@ -48,6 +48,7 @@ __device__ __forceinline__ Work hear(const Params& p, unsigned address, Stages<1
   return work;
 }
 __device__ __forceinline__ Work hear(const Params& p, unsigned address, Ring<1>& ring) {
+  ring.stages.full(0).wait_asleep(ring.phase);
   const Work work = hear(p, address, ring.stages, ring.phase);
   ring.next();
   return work;

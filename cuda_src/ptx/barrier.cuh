@@ -15,12 +15,21 @@ struct Barrier {
   __device__ __forceinline__ void arrive_and_expect(int bytes) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
   }
-  __device__ __forceinline__ void wait(unsigned parity) const {
+  __device__ __forceinline__ void wait(unsigned parity) const {  // asks again every few cycles
     asm volatile(
         "{.reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;}" ::"r"(address),
         "r"(parity)
+        : "memory");
+  }
+  __device__ __forceinline__ void wait_asleep(unsigned parity) const {  // leaves the time to other warps
+    constexpr unsigned NANOSECONDS = 10'000'000;                        // at most; it wakes when the phase ends
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
+        "@!done bra again;}" ::"r"(address),
+        "r"(parity), "r"(NANOSECONDS)
         : "memory");
   }
 };

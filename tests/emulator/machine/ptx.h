@@ -267,7 +267,7 @@ inline void mbarrier_arrive_expect_tx_shared_cta_b64(unsigned address, int bytes
 inline void mbarrier_expect_tx_relaxed_cta_shared_cta_b64(unsigned address, int bytes) {
   mbarrier_arrive(address, 0, bytes);
 }
-inline void mbarrier_try_wait_parity_shared_cta_b64(bool& done, unsigned address, unsigned parity) {
+inline void mbarrier_try_wait_parity_shared_cta_b64(bool& done, unsigned address, unsigned parity, unsigned = 0) {
   mbarrier_wait(address, parity);
   done = true;
 }
