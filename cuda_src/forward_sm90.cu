@@ -281,9 +281,7 @@ struct Consumer {
 
   // A turn for each block of keys, with named barriers behind those of strips: the one before has arrived at this
   // one's.
-  __device__ __forceinline__ void wait_turn() const {
-    named_barrier_sync(1 + CONSUMERS + number, 256);
-  }
+  __device__ __forceinline__ void wait_turn() const { named_barrier_sync(1 + CONSUMERS + number, 256); }
   __device__ __forceinline__ void pass_turn() const {
     named_barrier_arrive(1 + CONSUMERS + (number + 1 == CONSUMERS ? 0 : number + 1), 256);
   }
