@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -175,7 +176,8 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
     key_blocks = _blocks(problem.seqlen_k, tile["BLOCK_N"])
     tiles = key_blocks * problem.heads_kv * problem.batch
     _check_tiles(tiles)
-    producer_registers, consumer_registers = (40, 232) if kernel.stays and not _keeps_more(problem) else (24, 240)
+    wide = tile["head_dim"] > 64 and _keeps_more(problem)
+    producer_registers, consumer_registers = (24, 240) if wide or not kernel.stays else (40, 232)
     constants = {
         **_problem_constants(problem, bp.align),
         **_tile_constants(tile),
@@ -405,7 +407,8 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
 def default_specs(arch: str) -> list[Spec]:
     """What `anyattn compile` builds: every kernel with every tile that fits an architecture.
 
-    For a plain call of the greatest head dim that takes it, or for one with dropout where no plain one does.
+    For a plain call of its head dim; where that takes another kernel, for one with dropout, and for the plain call of
+    the greatest head dim that doesn't.
     """
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}
@@ -416,21 +419,25 @@ def default_specs(arch: str) -> list[Spec]:
         ("backward_sm80", _backward_shared, _backward_sm80),
     ]
     for name, shared, planner in planners:
+
+        def add(problem: Problem, name: str = name, planner: Any = planner) -> bool:
+            """Whether the kernel takes the call."""
+            call: Any = _plain_backward(problem) if name.startswith("backward") else problem
+            try:
+                kernels = planner(call, device).kernels
+            except UnsupportedError:  # not a kernel of this architecture
+                return False
+            takes = any(kernel.name == name for kernel in kernels)
+            specs.update({kernel.spec: None for kernel in kernels if takes})
+            return takes
+
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
-                plain = [(head_dim, 0.0) for head_dim in range(tile["head_dim"], 0, -8)]
-                for head_dim, dropout in (*plain, (tile["head_dim"], 0.1)):
-                    problem = _plain(dtype, head_dim, dropout)
-                    if shared(tile, problem) > device.shared_bytes:
-                        break
-                    call: Any = _plain_backward(problem) if name.startswith("backward") else problem
-                    try:
-                        kernels = planner(call, device).kernels
-                    except UnsupportedError:
-                        break  # not a kernel of this architecture
-                    if any(kernel.name == name for kernel in kernels):
-                        specs.update({kernel.spec: None for kernel in kernels})
-                        break
+                plain = partial(_plain, dtype, seqlen=tile.get("seqlen_q", 128))
+                if shared(tile, plain(tile["head_dim"])) > device.shared_bytes or add(plain(tile["head_dim"])):
+                    continue
+                add(plain(tile["head_dim"], dropout=0.1))
+                any(add(plain(head_dim)) for head_dim in range(tile["head_dim"] - 8, 0, -8))
     return list(specs)
 
 
@@ -549,12 +556,12 @@ def _aligned(size: int) -> int:
     return _padded(size, 256)
 
 
-def _plain(dtype: str, head_dim: int, dropout: float = 0.0) -> Problem:
+def _plain(dtype: str, head_dim: int, seqlen: int, dropout: float = 0.0) -> Problem:
     """A call with nothing special about it."""
     from anyattn.problem import Options, View, dense
 
-    shape = (1, 1024, 8, head_dim)
-    view = View(0, shape, (1024 * 8 * head_dim, 8 * head_dim, head_dim, 1), dtype, 0)
+    shape = (1, seqlen, 8, head_dim)
+    view = View(0, shape, (seqlen * 8 * head_dim, 8 * head_dim, head_dim, 1), dtype, 0)
     return dense(view, view, view, None, Options(dropout=dropout))
 
 

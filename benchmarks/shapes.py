@@ -183,6 +183,8 @@ def main() -> None:
         print(f"{name:34}", *(f"{n} {t:.0f}" for n, t in tflops.items()), f"| {ratio:.2f}", flush=True)
         del problem
         timing.pause()
+    save = partial(timing.save, arguments.out, "shapes" if direction == "forward" else "shapes-backward", result)
+    save()  # the errors take longer
     for dtype, d, seqlen, causal in itertools.product(
         (torch.bfloat16, torch.float16), (64, 128, 256), (1024, 4096), (False, True)
     ):
@@ -191,7 +193,7 @@ def main() -> None:
         for kind in ("out",) if direction == "forward" else ("dq", "dk", "dv"):
             shown = (f"{n} {x[kind][0]:.3e} {x[kind][1]:.2e}" for n, x in found.items())
             print(f"{name:30} {kind}", *shown, flush=True)
-    print(timing.save(arguments.out, "shapes" if direction == "forward" else "shapes-backward", result))
+    print(save())
 
 
 if __name__ == "__main__":

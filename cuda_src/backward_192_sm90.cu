@@ -147,6 +147,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
     const Sequence& sequence = work.sequence;
     const Band band(p, sequence);
     const RowBlocks blocks(band, work.first);
+    const Band::Blocks whole = band.whole_row_blocks(work.first, BLOCK_N, BLOCK_M);
     const int first_key = work.first + number * KEYS, key0 = first_key + lane % 4 * 2;
     float dk[DK_TILES][KEY_TILES][4] = {}, dv[DV_TILES][KEY_TILES][4] = {};
 
@@ -159,107 +160,114 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
       int block = blocks.start;
       for (int i = 0; i < blocks.count(); ++i, block = blocks.after(block)) {
         const int first_row = block * BLOCK_M, row0 = first_row + warp * 16 + lane / 4;
-        const bool masked = !band.whole(first_row, BLOCK_M, work.first, work.first + BLOCK_N);
-        const TileQ q_smem = shared.q(q_ring.stage);
-        const TileO dout_smem = shared.dout(dout_ring.stage);
-        Scores s, dp;
-        float lse[2], minus_delta[2];
+        const auto work_on = [&](auto mask) {
+          constexpr bool MASKED = decltype(mask)::MASKED;
+          const TileQ q_smem = shared.q(q_ring.stage);
+          const TileO dout_smem = shared.dout(dout_ring.stage);
+          Scores s, dp;
+          float lse[2], minus_delta[2];
 
-        const auto start_s = [&] {
-          const unsigned sums = shared.sums(q_ring.stage) + (warp * 16 + lane / 4) * 4;
+          const auto start_s = [&] {
+            const unsigned sums = shared.sums(q_ring.stage) + (warp * 16 + lane / 4) * 4;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            load_shared(lse[half], sums + half * 32);
-            load_shared(minus_delta[half], sums + half * 32 + BLOCK_M * 4);
-          }
-          pin(s[0]);
-          wgmma_fence();
-          warpgroup_gemm<DK / 16>(s[0], WarpgroupOperand<Major::K, TileQ>(q_smem), k, false);
-          wgmma_commit();
-        };
-        const auto start_dp = [&] {
-          pin(dp[0]);
-          wgmma_fence();
-          warpgroup_gemm<DV / 16>(dp[0], WarpgroupOperand<Major::K, TileO>(dout_smem), v, false);
-          wgmma_commit();
-        };
-        const auto exponentiate = [&] {  // S -> P
-          pin(s[0]);
-          score.apply(s, row0, key0);
+            for (int half = 0; half < 2; ++half) {
+              load_shared(lse[half], sums + half * 32);
+              load_shared(minus_delta[half], sums + half * 32 + BLOCK_M * 4);
+            }
+            pin(s[0]);
+            wgmma_fence();
+            warpgroup_gemm<DK / 16>(s[0], WarpgroupOperand<Major::K, TileQ>(q_smem), k, false);
+            wgmma_commit();
+          };
+          const auto start_dp = [&] {
+            pin(dp[0]);
+            wgmma_fence();
+            warpgroup_gemm<DV / 16>(dp[0], WarpgroupOperand<Major::K, TileO>(dout_smem), v, false);
+            wgmma_commit();
+          };
+          const auto exponentiate = [&] {  // S -> P
+            pin(s[0]);
+            score.apply(s, row0, key0);
 #pragma unroll
-          for (int e = 0; e < 4 * KEY_TILES; ++e) {
-            float& x = s[0][e / 4][e % 4];
-            x = exp2_fast(fma(x, score.factor, -lse[e % 4 / 2]));
-          }
-          if (masked) band.mask(s, row0, key0, 0.f);  // not before: LSE may be NaN
-        };
-        const auto differentiate = [&] {  // dP -> dS
-          pin(dp[0]);
+            for (int e = 0; e < 4 * KEY_TILES; ++e) {
+              float& x = s[0][e / 4][e % 4];
+              x = exp2_fast(fma(x, score.factor, -lse[e % 4 / 2]));
+            }
+            if (MASKED) band.mask(s, row0, key0, 0.f);  // not before: LSE may be NaN
+          };
+          const auto differentiate = [&] {  // dP -> dS
+            pin(dp[0]);
 #pragma unroll
-          for (int e = 0; e < 4 * KEY_TILES; ++e) {
-            float& x = dp[0][e / 4][e % 4];
-            x = s[0][e / 4][e % 4] * (x + minus_delta[e % 4 / 2]);
-          }
-          if (masked) band.mask(dp, row0, key0, 0.f);
-        };
-        const auto spoilt = [&] {
-          if (keys_spoilt < 0) keys_spoilt = any_non_finite<256>(shared.k()) || any_non_finite<256>(shared.v());
-          return named_barrier_or(1, 256, keys_spoilt || any_non_finite<256>(q_smem) || any_non_finite<256>(dout_smem));
-        };
+            for (int e = 0; e < 4 * KEY_TILES; ++e) {
+              float& x = dp[0][e / 4][e % 4];
+              x = s[0][e / 4][e % 4] * (x + minus_delta[e % 4 / 2]);
+            }
+            if (MASKED) band.mask(dp, row0, key0, 0.f);
+          };
+          const auto spoilt = [&] {
+            if (keys_spoilt < 0) keys_spoilt = any_non_finite<256>(shared.k()) || any_non_finite<256>(shared.v());
+            return named_barrier_or(1, 256,
+                                    keys_spoilt || any_non_finite<256>(q_smem) || any_non_finite<256>(dout_smem));
+          };
 
-        DqShare dq;
-        q_ring.wait();
-        clear_from(q_smem, sequence.seqlen_q - first_row, own_barrier, 128);
-        if (masked) {  // look at it all first
-          dout_ring.wait();
-          clear_from(dout_smem, sequence.seqlen_q - first_row, own_barrier, 128);
-        }
-        if (!masked || !spoilt()) {
-          start_s();
-          dout_ring.wait();
-          if (!masked) clear_from(dout_smem, sequence.seqlen_q - first_row, own_barrier, 128);
-          start_dp();
-          wgmma_wait<1>();
-          exponentiate();
-          named_barrier_sync(1, 256);  // both consumers are done with the last P and dS
-          store_fragments(p_smem, warp * 16, s[0]);
-          fence_async_shared();
-          named_barrier_sync(own_barrier, 128);
-          start_gradient(dv, dout_smem, p_smem);
-          wgmma_wait<1>();
-          differentiate();
-          store_fragments(ds_smem, warp * 16, dp[0]);
-          fence_async_shared();
-          named_barrier_sync(1, 256);  // both consumers' dS is here
-          dq.start(shared, number);
-          start_gradient(dk, q_smem, ds_smem);
-          wgmma_wait<2>();
-          finished(dv);
-          dout_ring.release();
-          wgmma_wait<1>();
-          pin(dq.panel[0]);
-          pin(dq.half[0]);
-          dq.hand_over(shared, number, dq_ring);
-          wgmma_wait<0>();
-          finished(dk);
-        } else {
-          start_s();
-          start_dp();
-          wgmma_wait<0>();
-          exponentiate();
-          differentiate();
-          named_barrier_sync(1, 256);
-          store_fragments(p_smem, warp * 16, s[0]);
-          store_fragments(ds_smem, warp * 16, dp[0]);
-          named_barrier_sync(1, 256);
-          dq.add_visible_keys(shared, number, band, first_row, work.first);
-          add_visible_to_transposed(dv, p_smem, dout_smem, warp * 16, band, first_row, first_key);
-          add_visible_to_transposed(dk, ds_smem, q_smem, warp * 16, band, first_row, first_key);
-          named_barrier_sync(1, 256);
-          dout_ring.release();
-          dq.hand_over(shared, number, dq_ring);
-        }
-        q_ring.release();
+          DqShare dq;
+          q_ring.wait();
+          clear_from(q_smem, sequence.seqlen_q - first_row, own_barrier, 128);
+          if (MASKED) {  // look at it all first
+            dout_ring.wait();
+            clear_from(dout_smem, sequence.seqlen_q - first_row, own_barrier, 128);
+          }
+          if (!MASKED || !spoilt()) {
+            start_s();
+            dout_ring.wait();
+            if (!MASKED) clear_from(dout_smem, sequence.seqlen_q - first_row, own_barrier, 128);
+            start_dp();
+            wgmma_wait<1>();
+            exponentiate();
+            named_barrier_sync(1, 256);  // both consumers are done with the last P and dS
+            store_fragments(p_smem, warp * 16, s[0]);
+            fence_async_shared();
+            named_barrier_sync(own_barrier, 128);
+            start_gradient(dv, dout_smem, p_smem);
+            wgmma_wait<1>();
+            differentiate();
+            store_fragments(ds_smem, warp * 16, dp[0]);
+            fence_async_shared();
+            named_barrier_sync(1, 256);  // both consumers' dS is here
+            dq.start(shared, number);
+            start_gradient(dk, q_smem, ds_smem);
+            wgmma_wait<2>();
+            finished(dv);
+            dout_ring.release();
+            wgmma_wait<1>();
+            pin(dq.panel[0]);
+            pin(dq.half[0]);
+            dq.hand_over(shared, number, dq_ring);
+            wgmma_wait<0>();
+            finished(dk);
+          } else {
+            start_s();
+            start_dp();
+            wgmma_wait<0>();
+            exponentiate();
+            differentiate();
+            named_barrier_sync(1, 256);
+            store_fragments(p_smem, warp * 16, s[0]);
+            store_fragments(ds_smem, warp * 16, dp[0]);
+            named_barrier_sync(1, 256);
+            dq.add_visible_keys(shared, number, band, first_row, work.first);
+            add_visible_to_transposed(dv, p_smem, dout_smem, warp * 16, band, first_row, first_key);
+            add_visible_to_transposed(dk, ds_smem, q_smem, warp * 16, band, first_row, first_key);
+            named_barrier_sync(1, 256);
+            dout_ring.release();
+            dq.hand_over(shared, number, dq_ring);
+          }
+        };
+        if (whole.has(block))  // instructions of its own, without those for masks in their midst
+          work_on(Mask<false>{});
+        else
+          work_on(Mask<true>{});
+        q_ring.release_by_each();
         dq_ring.next();
       }
     }

@@ -23,21 +23,22 @@
 #include "visible.cuh"
 #include "warpgroup.cuh"
 
-static_assert(DK <= 64 && DV <= 64 && READERS == 1 && STAGES % CONSUMERS == 0);
-static_assert(DOUT_STAGES == STAGES && DQ_STAGES == 2);
+static_assert(DK <= 64 && DV <= 64 && READERS == 1 && DQ_STAGES == 2);
+static_assert(STAGES == CONSUMERS * DQ_STAGES && DOUT_STAGES == STAGES);
 static_assert(!DROPOUT && !SOFTCAP, "there are no registers for what they keep between the products");
 static_assert(KEYS == 64 && StoredK::BYTES <= TileS::BYTES && StoredV::BYTES <= TileS::BYTES);
 
 using Words = unsigned[N / 2][4];  // P^T or dS^T as A fragments
 
 // What a consumer needs for a block of rows with a half of the keys, [KEYS, BLOCK_M].
+template <bool MASKED_>
 struct Step {
+  static constexpr bool MASKED = MASKED_;  // whether something is hidden
   const TmaParams& p;
   const Shared& shared;
   const Score<float>& score;
   const Band& band;
   int first_key, first_row, stage;  // of the tile of keys, of the block of rows
-  bool masked;                      // whether something is hidden
 
   __device__ __forceinline__ TileQ q() const { return shared.q(stage); }
   __device__ __forceinline__ TileO dout() const { return shared.dout(stage); }
@@ -72,7 +73,7 @@ struct Step {
     pin(s);
     apply_transposed(s, score, row0(), key0(half));
     exponentiate_transposed(s, score.factor, lse);
-    if (masked) band.mask_transposed(s, row0(), key0(half), 0.f);  // not before: LSE may be NaN
+    if (MASKED) band.mask_transposed(s, row0(), key0(half), 0.f);  // not before: LSE may be NaN
   }
 
   // dP - delta -> dS.
@@ -80,7 +81,7 @@ struct Step {
     pin(dp);
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) dp[i / 4][i % 4] *= s[i / 4][i % 4];
-    if (masked) band.mask_transposed(dp, row0(), key0(half), 0.f);
+    if (MASKED) band.mask_transposed(dp, row0(), key0(half), 0.f);
   }
 };
 
@@ -135,7 +136,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
   Score<float> score(p);
   Ring<STAGES> q_ring(shared.q_stages());  // dO's moves along with it; a stage's number says whose turn it is
   const Stages<DOUT_STAGES> dout_stages = shared.dout_stages();
-  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));  // its stage is dS's, too
+  Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));
 
   for (unsigned phase = 0;; phase ^= 1) {
     const Work work = hear(p, shared.work(), shared.work_stages(), phase);
@@ -158,93 +159,100 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
         q_ring.next();
         continue;
       }
-      const Step step{p, shared, score, band, work.first, block * BLOCK_M, q_ring.stage, !whole.has(block)};
-      const TileS ds_smem = shared.s(dq_ring.stage, number);
-      const WarpgroupOperand<Major::MN, TileQ> q(step.q());
-      const WarpgroupOperand<Major::MN, TileO> dout(step.dout());
-      float s[N][4], dp[N][4], lse[N][2];
-      Words p_words, ds_words;
-      QFragments dq;
+      const auto work_on = [&](auto step) {
+        constexpr bool MASKED = decltype(step)::MASKED;
+        const int place = q_ring.stage / CONSUMERS;  // of dS; dQ's stage, which it is too, lies in a register
+        const TileS ds_smem = shared.s(place, number);
+        const WarpgroupOperand<Major::MN, TileQ> q(step.q());
+        const WarpgroupOperand<Major::MN, TileO> dout(step.dout());
+        float s[N][4], dp[N][4], lse[N][2];
+        Words p_words, ds_words;
+        QFragments dq;
 
-      q_ring.wait();
-      clear_from(step.q(), sequence.seqlen_q - step.first_row, own_barrier, 128);
-      dout_stages.full(step.stage).wait(q_ring.phase);
-      clear_from(step.dout(), sequence.seqlen_q - step.first_row, own_barrier, 128);
-      const auto spoilt = [&] {
-        if (keys_spoilt < 0) keys_spoilt = any_non_finite<128>(shared.k()) || any_non_finite<128>(shared.v());
-        return named_barrier_or(own_barrier, 128,
-                                keys_spoilt || any_non_finite<128>(step.q()) || any_non_finite<128>(step.dout()));
-      };
-      if (step.masked && spoilt()) {
-        const TileS p_smem = shared.s(dq_ring.stage ^ 1, number);
-#pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-          step.start_scores(half, s, dp, lse);
-          wgmma_wait<0>();
-          step.exponentiate(half, s, lse);
-          step.differentiate(half, dp, s);
-          pack_transposed(p_words, s);
-          pack_transposed(ds_words, dp);
-          store_transposed(p_smem, p_words, step.key(half));
-          store_transposed(ds_smem, ds_words, step.key(half));
-        }
-        named_barrier_sync(own_barrier, 128);
-#pragma unroll
-        for (int i = 0; i < Q_COLUMNS / 2; ++i) dq[0][i / 4][i % 4] = 0;
-        add_visible<false>(dq, ds_smem, step.key(0), shared.k(), 0, band, step.first_row, work.first);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          add_visible<true>(dv[half], p_smem, step.key(half), step.dout(), 0, band, step.first_row, work.first);
-          add_visible<true>(dk[half], ds_smem, step.key(half), step.q(), 0, band, step.first_row, work.first);
-        }
-        named_barrier_sync(own_barrier, 128);
-        dout_stages.release(step.stage);
-        dq_ring.wait_empty();
-        hand_over(dq, shared, number, dq_ring);
-      } else {
-        const auto start_half = [&](int half) {
-          step.start_scores(half, s, dp, lse);
-          wgmma_wait<1>();
-          step.exponentiate(half, s, lse);
-          pack_transposed(p_words, s);
-          wgmma_wait<0>();
-          step.differentiate(half, dp, s);
-          pack_transposed(ds_words, dp);
-          store_transposed(ds_smem, ds_words, step.key(half));
-          start_gradient(dv[half][0], p_words, dout);
+        q_ring.wait();
+        clear_from(step.q(), sequence.seqlen_q - step.first_row, own_barrier, 128);
+        dout_stages.full(step.stage).wait(q_ring.phase);
+        clear_from(step.dout(), sequence.seqlen_q - step.first_row, own_barrier, 128);
+        const auto spoilt = [&] {
+          if (keys_spoilt < 0) keys_spoilt = any_non_finite<128>(shared.k()) || any_non_finite<128>(shared.v());
+          return named_barrier_or(own_barrier, 128,
+                                  keys_spoilt || any_non_finite<128>(step.q()) || any_non_finite<128>(step.dout()));
         };
-        start_half(0);
-        start_gradient(dk[0][0], ds_words, q);
-        wgmma_wait<0>();
-        finished(dv[0][0], p_words);
-        finished(dk[0][0], ds_words);
-        if (!step.masked || work.first + KEYS < band.high(step.last_row())) {
-          start_half(1);
-          fence_async_shared();
-          named_barrier_sync(own_barrier, 128);  // all of dS is here
-          start_dq<BLOCK_N / 16>(dq, ds_smem, shared.k());
-          wgmma_wait<1>();
-          finished(dv[1][0], p_words);
-          dout_stages.release(step.stage);
-          start_gradient(dk[1][0], ds_words, q);
-          dq_ring.wait_empty();
-          wgmma_wait<1>();
-          pin(dq[0]);
-          hand_over(dq, shared, number, dq_ring);
-          wgmma_wait<0>();
-          finished(dk[1][0], ds_words);
-        } else {  // nobody here sees the other half
-          dout_stages.release(step.stage);
-          fence_async_shared();
+        if (MASKED && spoilt()) {
+          const TileS p_smem = shared.s(place ^ 1, number);
+#pragma unroll 1
+          for (int half = 0; half < 2; ++half) {
+            step.start_scores(half, s, dp, lse);
+            wgmma_wait<0>();
+            step.exponentiate(half, s, lse);
+            step.differentiate(half, dp, s);
+            pack_transposed(p_words, s);
+            pack_transposed(ds_words, dp);
+            store_transposed(p_smem, p_words, step.key(half));
+            store_transposed(ds_smem, ds_words, step.key(half));
+          }
           named_barrier_sync(own_barrier, 128);
-          start_dq<KEYS / 16>(dq, ds_smem, shared.k());
+#pragma unroll
+          for (int i = 0; i < Q_COLUMNS / 2; ++i) dq[0][i / 4][i % 4] = 0;
+          add_visible<false>(dq, ds_smem, step.key(0), shared.k(), 0, band, step.first_row, work.first);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            add_visible<true>(dv[half], p_smem, step.key(half), step.dout(), 0, band, step.first_row, work.first);
+            add_visible<true>(dk[half], ds_smem, step.key(half), step.q(), 0, band, step.first_row, work.first);
+          }
+          named_barrier_sync(own_barrier, 128);
+          dout_stages.release(step.stage);
           dq_ring.wait_empty();
-          wgmma_wait<0>();
-          pin(dq[0]);
           hand_over(dq, shared, number, dq_ring);
+        } else {
+          const auto start_half = [&](int half) {
+            step.start_scores(half, s, dp, lse);
+            wgmma_wait<1>();
+            step.exponentiate(half, s, lse);
+            pack_transposed(p_words, s);
+            wgmma_wait<0>();
+            step.differentiate(half, dp, s);
+            pack_transposed(ds_words, dp);
+            store_transposed(ds_smem, ds_words, step.key(half));
+            start_gradient(dv[half][0], p_words, dout);
+          };
+          start_half(0);
+          start_gradient(dk[0][0], ds_words, q);
+          wgmma_wait<0>();
+          finished(dv[0][0], p_words);
+          finished(dk[0][0], ds_words);
+          if (!MASKED || work.first + KEYS < band.high(step.last_row())) {
+            start_half(1);
+            fence_async_shared();
+            named_barrier_sync(own_barrier, 128);  // all of dS is here
+            start_dq<BLOCK_N / 16>(dq, ds_smem, shared.k());
+            wgmma_wait<1>();
+            finished(dv[1][0], p_words);
+            dout_stages.release(step.stage);
+            start_gradient(dk[1][0], ds_words, q);
+            dq_ring.wait_empty();
+            wgmma_wait<1>();
+            pin(dq[0]);
+            hand_over(dq, shared, number, dq_ring);
+            wgmma_wait<0>();
+            finished(dk[1][0], ds_words);
+          } else {  // nobody here sees the other half
+            dout_stages.release(step.stage);
+            fence_async_shared();
+            named_barrier_sync(own_barrier, 128);
+            start_dq<KEYS / 16>(dq, ds_smem, shared.k());
+            dq_ring.wait_empty();
+            wgmma_wait<0>();
+            pin(dq[0]);
+            hand_over(dq, shared, number, dq_ring);
+          }
         }
-      }
-      q_ring.release();
+      };
+      if (whole.has(block))  // instructions of its own, without those for masks in their midst
+        work_on(Step<false>{p, shared, score, band, work.first, block * BLOCK_M, q_ring.stage});
+      else
+        work_on(Step<true>{p, shared, score, band, work.first, block * BLOCK_M, q_ring.stage});
+      q_ring.release_by_each();
       dq_ring.next();
     }
     shared.kv_stages().release(0);

@@ -79,7 +79,7 @@ struct Shared {  // dynamic shared memory
 
   __device__ __forceinline__ void init() const {
     k_stages().init(1), v_stages().init(1);
-    sums_stages().init(WARPS), q_stages().init(WARPS), dout_stages().init(WARPS);
+    sums_stages().init(32 * WARPS), q_stages().init(WARPS), dout_stages().init(WARPS);
     fence_barrier_init();
   }
 };
@@ -346,14 +346,14 @@ struct ConsumerDk : Consumer<Part::DK> {
     clear(shared.k(), sequence.seqlen_k - work.block * BLOCK_N, 1, 256);
     shared.v_stages().full(0).wait(0);
     clear(shared.v(), sequence.seqlen_k - work.block * BLOCK_N, 1, 256);
-    for (Step step = steps.first(); steps.has(step); steps.advance(step)) {
+    const auto work_on = [&](const Step& step, auto mask) {
+      constexpr bool MASKED = decltype(mask)::MASKED;
       float s[1][N][4], ds[1][N][4];  // [KEYS, BLOCK_M]
       unsigned ds_words[N / 2][4];
       start_scores<DK>(s[0], k, q_ring, shared.q(0).base, step);
       start_scores<DV>(ds[0], v, dout_ring, shared.dout(0).base, step);
       score.select(p, band, work.batch, step.head);
       const Dropped<N> dropped(Dropout(p, work.batch, step.head), row0(step), key0());
-      const bool hides = masked(step);
 
       float lse[N][2], minus_delta[N][2];
       sums_ring.wait();
@@ -361,7 +361,7 @@ struct ConsumerDk : Consumer<Part::DK> {
       wgmma_wait<1>();
       pin(s[0]);
       // Hidden entries of dS are 0, but K's and Q's may be NaN or inf.
-      const bool spoilt = hides && any_non_finite(s);
+      const bool spoilt = MASKED && any_non_finite(s);
       apply_transposed(s[0], score, row0(step), key0());
       if constexpr (!SOFTCAP) exponentiate_transposed(s[0], score.factor, lse);
 
@@ -370,17 +370,22 @@ struct ConsumerDk : Consumer<Part::DK> {
       release<DOUT_PANELS>(dout_ring);
       load_row_sums(minus_delta, minus_delta_smem());
       differentiate(ds[0], s[0], lse, minus_delta, dropped, step);
-      sums_ring.release();
-      if (hides) band.mask_transposed(ds[0], row0(step), key0(), 0.f);
+      sums_ring.release_by_each();
+      if (MASKED) band.mask_transposed(ds[0], row0(step), key0(), 0.f);
       pack_transposed(ds_words, ds[0]);
 
-      const bool careful = named_barrier_or(1, 256, spoilt);  // and both are done with the dS before
+      // Both are done with the dS before.
+      bool careful = false;
+      if (MASKED)
+        careful = named_barrier_or(1, 256, spoilt);
+      else
+        named_barrier_sync(1, 256);
       store_transposed(shared.s(), ds_words, key);
       fence_async_shared();
       named_barrier_sync(1, 256);  // both consumers' dS is here
       if (careful) {
         add_visible_shares(dk, step);
-        continue;
+        return;
       }
       QFragments dq;
       pin(dq[0]);
@@ -392,6 +397,12 @@ struct ConsumerDk : Consumer<Part::DK> {
       pin(dq[0]);
       add(dq, step);
       finish_gradient(dk, ds_words, q_ring);
+    };
+    for (Step step = steps.first(); steps.has(step); steps.advance(step)) {
+      if (masked(step))
+        work_on(step, Mask<true>{});
+      else
+        work_on(step, Mask<false>{});
     }
     pass_ticket();
     store<HEAD_DIM>(shared.dk(), dk, sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, work.head_kv),
@@ -509,7 +520,7 @@ struct ConsumerDv : Consumer<Part::DV> {
       for (int n = 0; n < N; ++n) spoilt |= !is_finite(minus_delta[n][0] + minus_delta[n][1]);
       spoilt = __any_sync(~0u, spoilt);  // all warps look at all rows
     }
-    sums_ring.release();
+    sums_ring.release_by_each();
     if constexpr (DROPOUT) {
 #pragma unroll
       for (int i = 0; i < 4 * N; ++i)

@@ -97,3 +97,10 @@ struct Band {
     return {begin / block, begin < end ? (end + block - 1) / block : begin / block};
   }
 };
+
+// Whether something of a block is hidden, known at compile time: most blocks are whole, and what only the others need
+// would spread their instructions too far for the instruction cache.
+template <bool MASKED_>
+struct Mask {
+  static constexpr bool MASKED = MASKED_;
+};

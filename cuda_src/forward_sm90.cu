@@ -150,7 +150,7 @@ struct Strip {
   int first, last, head, batch;
   Sequence sequence;
   Band band;
-  Band::Blocks brought, seen, whole;  // blocks of keys: which the producers bring, it sees some of, all of
+  Band::Blocks whole, brought, seen;  // blocks of keys: it sees all of, the producers bring, it sees some of
 
   __device__ __forceinline__ Strip(const Params& p, const Work& work, int consumer)
       : valid(work.valid()),
@@ -160,9 +160,9 @@ struct Strip {
         sequence(work.sequence),
         band(p, sequence) {
     last = min(first + ROWS, sequence.seqlen_q) - 1;
+    whole = band.whole_key_blocks(first, last, BLOCK_N);
     brought = band.key_blocks(work.first, BLOCK_M, BLOCK_N);
     seen = band.key_blocks(first, ROWS, BLOCK_N);
-    whole = band.whole_key_blocks(first, last, BLOCK_N);
     if (first > last || seen.begin >= seen.end) seen = {brought.begin, brought.begin};
   }
 
@@ -281,9 +281,11 @@ struct Consumer {
 
   // A turn for each block of keys, with named barriers behind those of strips: the one before has arrived at this
   // one's.
-  __device__ __forceinline__ void wait_turn() const { named_barrier_sync(1 + CONSUMERS + number, 256); }
+  __device__ __forceinline__ void wait_turn() const {
+    if constexpr (TURNS) named_barrier_sync(1 + CONSUMERS + number, 256);
+  }
   __device__ __forceinline__ void pass_turn() const {
-    named_barrier_arrive(1 + CONSUMERS + (number + 1 == CONSUMERS ? 0 : number + 1), 256);
+    if constexpr (TURNS) named_barrier_arrive(1 + CONSUMERS + (number + 1 == CONSUMERS ? 0 : number + 1), 256);
   }
 
   // The next strip.
@@ -426,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward_sm90(const __gr
     return;  // the order of the two matters: after the producers', ptxas takes this path to be divergent (C7518)
   }
   release_registers<PRODUCER_REGISTERS>();
-  if (threadIdx.x == 0) produce_q(p, shared);
-  if (threadIdx.x == 32) produce_keys<false>(p, shared);
+  if (threadIdx.x == 0) produce_keys<false>(p, shared);
+  if (threadIdx.x == 32) produce_q(p, shared);
   if (threadIdx.x == 64) produce_keys<true>(p, shared);
 }

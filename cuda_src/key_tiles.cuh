@@ -69,7 +69,7 @@ struct Shared {  // dynamic shared memory
   __device__ __forceinline__ void init() const {
     work_stages().init(32 * WARPS + CONSUMERS + 1);
     kv_stages().init(WARPS);
-    q_stages().init(4 * READERS);
+    q_stages().init(128 * READERS);
     dout_stages().init(4 * READERS);
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) dq_stages(consumer).init(1, 4);
     ds_stages().init(4, WARPS);

@@ -39,12 +39,11 @@ __device__ __forceinline__ Work take_and_tell(Tiles& tiles, unsigned address, Ri
   return work;
 }
 
-// What a thread hears.  Each says so for itself: compute-sanitizer's racecheck does not see that a warp's lanes have
-// read before one of them says so for all.
+// What a thread hears.
 __device__ __forceinline__ Work hear(const Params& p, unsigned address, Stages<1> stages, unsigned phase) {
   stages.full(0).wait(phase);
   const Work work = Work::read(p, address);
-  stages.empty(0).arrive();
+  stages.release_by_each(0);
   return work;
 }
 __device__ __forceinline__ Work hear(const Params& p, unsigned address, Ring<1>& ring) {
