@@ -422,6 +422,10 @@ CORNERS = [
     _square("v_wider", 129, 64, head_dim_v=256, causal=True),
     _square("v_narrower", 192, 192, head_dim_v=128, causal=True),
     _square("several_tiles_of_192", 330, 192, heads=4, heads_kv=2, causal=True),
+    *(  # long enough for blocks of which nothing is hidden
+        _square(f"several_blocks_of_{d}_{seqlen}", seqlen, d, batch=1, heads=2, heads_kv=1, causal=True)
+        for d, seqlen in ((32, 530), (64, 600), (64, 1050), (96, 530), (128, 530), (192, 530), (256, 530))
+    ),
     _square("v_of_1", 70, 128, head_dim_v=1),
     Case("rows_that_see_nothing", seqlen_q=192, seqlen_k=65, causal=True),
     Case("rows_past_the_window", seqlen_q=300, seqlen_k=64, window=(7, 7)),

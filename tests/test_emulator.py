@@ -140,13 +140,13 @@ class Fault:
 
 FAULTS = [
     Fault("no_arrival", "if (threadIdx.x % 32 == 0) empty(stage).arrive();", "", "deadlock(.|\n)*at an mbarrier"),
-    Fault("wrong_bytes", "k_ring.expect(TileK::BYTES)", "k_ring.expect(TileK::BYTES + 16)", "16 bytes to come"),
+    Fault("wrong_bytes", "ring.expect(TileK::BYTES)", "ring.expect(TileK::BYTES + 16)", "16 bytes to come"),
     Fault("two_arrivals", "full.arrive_and_expect(bytes);", "full.arrive_and_expect(bytes), full.arrive();", "than 1"),
     Fault("released_too_early", "k_stages().init(4 * CONSUMERS)", "k_stages().init(1)", "has yet to read|deadlock"),
     Fault("divergence", "__syncwarp();\n    if", "if (threadIdx.x % 2) __syncwarp();\n    if", "deadlock|diverge"),
     Fault("uninitialised", "shared.v_stages().init(4 * CONSUMERS);", "", "not initialised"),
     Fault("no_wait_for_a_load", "    k_ring.wait();\n    pin", "    pin", "into which a load is on its way", LATE),
-    Fault("no_wait_for_scores", "wgmma_wait<1>();\n          finish_", "finish_", "before it was waited for"),
+    Fault("no_wait_for_scores", "wgmma_wait<1>();\n    finish_", "finish_", "before it was waited for"),
     Fault("no_wait_for_products", "wgmma_wait<0>();\n    pin(o[0]);", "pin(o[0]);", "before it was waited for"),
     Fault("no_register_fence", "    pin(probs);\n    wgmma_fence();", "    pin(probs);", "without a wgmma.fence"),
     Fault("no_fence_for_others", "fence_async_shared();  // for its writers, too", "//", "without fence.proxy.async"),
