@@ -14,8 +14,9 @@
 //       O = O + P V of the first block
 //       write O / l and LSE = m + log(l)
 //
-// The maximum m may lag behind: see Softmax::exponentiate_ahead.  Two consumers start their products in turn, so that
-// those of one run beside the exponentials of the other.
+// Consumers start their products in turn, so that those of one run beside the exponentials of the other.  The maximum m
+// may lag behind, where the wait for O comes last (AHEAD: see Softmax::exponentiate_ahead); otherwise it comes amidst
+// the exponentials, and O shrinks beside those that are left.
 #include "band.cuh"
 #include "dropout.cuh"
 #include "forward_row.cuh"
