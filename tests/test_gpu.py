@@ -34,6 +34,13 @@ pytestmark = pytest.mark.gpu
 MIXED = [Job(case, list(DTYPES)[i % 4]) for i, case in enumerate(CASES)]
 
 
+def slow_first(specs: set[Spec]) -> list[Spec]:
+    """In the order in which many processes compile them soonest: NVRTC builds float32's for backward longest."""
+    return sorted(
+        specs, key=lambda spec: ("backward_sm" not in spec.source, ("Element", "float") not in spec.constants)
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels(request: pytest.FixtureRequest) -> None:
     """The kernels of every selected test, compiled."""
@@ -46,15 +53,11 @@ def kernels(request: pytest.FixtureRequest) -> None:
             specs.update(job.specs())
         except UnsupportedError:
             continue  # the test itself says so
-    # NVRTC builds its kernels for float32 backward longest.
-    slow_first = sorted(
-        specs, key=lambda spec: ("backward_sm" not in spec.source, ("Element", "float") not in spec.constants)
-    )
     processes = min(len(specs), os.cpu_count() or 1)
     if processes > 1:
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(processes, spawn) as pool:
-            concurrent.futures.wait([pool.submit(compiler.cubin, spec) for spec in slow_first])
+            concurrent.futures.wait([pool.submit(compiler.cubin, spec) for spec in slow_first(specs)])
 
 
 def run(job: Job) -> None:
@@ -398,18 +401,24 @@ def test_thread_that_never_used_the_gpu(job: Job) -> None:
 # --- determinism and dropout -----------------------------------------------------------------------------------------
 
 
-REPEATS = [Case(f"d{d}", 2, 8, 4, seqlen_q=700, seqlen_k=700, head_dim=d, head_dim_v=d, causal=True) for d in (64, 128)]
+REPEATS = [
+    Job(Case(f"d{d}", 2, 8, 4, seqlen_q=700, seqlen_k=700, head_dim=d, head_dim_v=d, causal=True), dtype, True)
+    for d in (32, 64, 96, 128, 192, 256)
+    for dtype in (DTYPES if d in (64, 128) else ("bfloat16",))
+]
 
 
-@pytest.mark.parametrize("job", [Job(case, dtype, True) for case in REPEATS for dtype in DTYPES], ids=str)
-def test_deterministic_backward_a_hundred_times(job: Job) -> None:
+@pytest.mark.parametrize("job", REPEATS, ids=str)
+def test_repeats_bit_for_bit(job: Job) -> None:
+    """$REPEATS times, or a hundred, with whatever a call may write poisoned before it."""
     call = Call(job.inputs(), deterministic=True)
     call.forward()
     call.backward()
     first = call.results()
-    for _ in range(100):
-        for name in ("dq", "dk", "dv", "workspace"):
-            call.outputs[name].poison()
+    for _ in range(int(os.environ.get("REPEATS", "100"))):
+        for memory in call.outputs.values():
+            memory.poison()
+        call.forward()
         call.backward()
         assert_same(call.results(), first)
 

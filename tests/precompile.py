@@ -1,0 +1,62 @@
+"""Compile the kernels of the GPU suite's jobs on a machine without a GPU: python -m tests.precompile --arch sm_90a
+
+They go to $ANYATTN_CACHE. The suite finds them there if its NVRTC has the version of the one used here; what its other
+tests need it compiles itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+from anyattn import compile as compiler
+from anyattn import launch, plan
+from anyattn.compile import Spec
+from anyattn.plan import Device, UnsupportedError
+from tests import test_gpu
+from tests.device import Job
+
+
+def jobs() -> Iterator[Job]:
+    """Of all tests of test_gpu.py that have one."""
+    for test in vars(test_gpu).values():
+        for mark in getattr(test, "pytestmark", []):
+            if mark.name == "parametrize" and mark.args[0] == "job":
+                yield from mark.args[1]
+
+
+def specs(device: Device) -> list[Spec]:
+    """Each once, those that take longest first."""
+    found: set[Spec] = set()
+    with mock.patch.object(launch, "device", return_value=device):
+        for job in set(jobs()):
+            try:
+                found.update(job.specs())
+            except UnsupportedError:
+                continue  # the test itself says so
+    return test_gpu.slow_first(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.precompile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", required=True, choices=list(plan.SHARED_BYTES))
+    parser.add_argument("-j", type=int, default=os.cpu_count() or 1, help="processes")
+    given = parser.parse_args()
+    wanted = specs(Device(given.arch, plan.SHARED_BYTES[given.arch]))
+    print(f"{len(wanted)} kernels to {compiler.cache_dir()}, NVRTC {'.'.join(map(str, compiler.nvrtc_version()))}")
+    with concurrent.futures.ProcessPoolExecutor(given.j, multiprocessing.get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(compiler.cubin, wanted), 1):
+            if done % 50 == 0:
+                print(done, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
