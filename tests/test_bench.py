@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from anyattn import cli, launch
+from anyattn import cli, launch, plan
+from anyattn import compile as compiler
 from anyattn.bench import timing
+from anyattn.plan import Device
 
 torch = pytest.importorskip("torch")
 baselines: Any = importlib.import_module("anyattn.bench.baselines")
@@ -239,8 +242,31 @@ def test_on_a_gpu() -> None:
 
 
 def test_what_stays_in_the_checkout_imports() -> None:
-    for name in ("grid", "library", "cpu", "chart"):
+    for name in ("grid", "library", "cpu", "chart", "sources"):
         importlib.import_module(f"benchmarks.{name}")
+
+
+def test_sources_of_another_checkout(tmp_path: Path) -> None:
+    from benchmarks import sources
+    from benchmarks.common import ROOT
+
+    (tmp_path / "anyattn").mkdir()
+    shutil.copytree(ROOT / "cuda_src", tmp_path / "cuda_src")
+    table = (ROOT / "anyattn" / "tiles.yaml").read_text()
+    (tmp_path / "anyattn" / "tiles.yaml").write_text(table.replace("BLOCK_N: 64", "BLOCK_N: 48"))
+    (tmp_path / "cuda_src" / "forward_sm80.cu").write_text("// another one\n")
+    cell = sources.Cell("backward", 128, 128, True, 512)
+    device = Device("sm_80", plan.SHARED_BYTES["sm_80"])
+    before, sources_before = plan.forward(cell.call.problem, device), compiler._source_dir()
+    for checkout, block in ((ROOT, 64), (tmp_path, 48)):
+        forward, *backward = sources.specs(checkout, cell, device)
+        assert dict(forward.constants)["BLOCK_N"] == block
+        assert [spec.source for spec in backward] == ["backward_delta.cu", "backward_sm80.cu", "backward_dq.cu"]
+    with sources.using(tmp_path):
+        assert compiler._key(forward) != compiler._key(before.kernels[0].spec)
+        assert compiler._source_dir() == tmp_path / "cuda_src"
+    assert compiler._source_dir() == sources_before
+    assert plan.forward(cell.call.problem, device) == before
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
