@@ -437,7 +437,9 @@ def default_specs(arch: str) -> list[Spec]:
                 if shared(tile, plain(tile["head_dim"])) > device.shared_bytes or add(plain(tile["head_dim"])):
                     continue
                 add(plain(tile["head_dim"], dropout=0.1))
-                any(add(plain(head_dim)) for head_dim in range(tile["head_dim"] - 8, 0, -8))
+                for head_dim in range(tile["head_dim"] - 8, 0, -8):
+                    if add(plain(head_dim)):
+                        break
     return list(specs)
 
 

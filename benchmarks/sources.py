@@ -121,6 +121,7 @@ def measure(cell: Cell, checkouts: dict[str, Path], rounds: int) -> tuple[dict[s
     inputs = tuple(x.data_ptr() for x in (q, k, v))
     results: dict[str, list[Tensor]] = {}
     calls: dict[str, Any] = {}
+    workspaces: list[Tensor] = []  # live as long as the calls
     for name, checkout in checkouts.items():
         with using(checkout):
             if cell.direction == "backward" and not calls:  # what it starts from
@@ -147,7 +148,8 @@ def measure(cell: Cell, checkouts: dict[str, Path], rounds: int) -> tuple[dict[s
         others = (*gradients, accum, delta, tickets_at, 0, 0, 0, 0)
         backward_in = dout.data_ptr() if cell.direction == "backward" else 0
         arguments = (prepared, *inputs, backward_in, target, lse.data_ptr(), others, stream)
-        calls[name] = partial(_keeping, workspace, arguments)
+        calls[name] = partial(launch._launch, *arguments)
+        workspaces.append(workspace)
     timings, failed = timing.interleaved(calls, rounds=rounds, slice_ms=12)
     if failed:
         raise SystemExit(f"{cell}: {failed}")
@@ -157,11 +159,6 @@ def measure(cell: Cell, checkouts: dict[str, Path], rounds: int) -> tuple[dict[s
         for name, found in results.items()
     }
     return {name: cell.flop / taken.median / 1e9 for name, taken in timings.items()}, off
-
-
-def _keeping(workspace: Tensor, arguments: tuple[Any, ...]) -> None:
-    """A launch whose workspace lives as long as the call that is timed."""
-    launch._launch(*arguments)
 
 
 def main() -> None:
