@@ -196,9 +196,14 @@ def _gpu_view(name: str, x: Any, stream: int) -> Any:
         dtype = np.dtype(view.dtype)
     except (BufferError, NotImplementedError, TypeError) as error:
         raise TypeError(f"{name} must be an array that CuPy can read; bfloat16 needs ml_dtypes ({error})") from None
-    strides = None if view.strides is None else tuple(step * dtype.itemsize for step in view.strides)
+    strides = None if view.strides is None else byte_strides(view.strides, dtype.itemsize)
     memory = cupy.cuda.UnownedMemory(view.ptr, view.size * dtype.itemsize, view, view.device_id)
     return cupy.ndarray(view.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+def byte_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Of strides in elements. CuPy 14 divides negative ones as unsigned: in bytes they are right again, modulo 2^64."""
+    return tuple((step * itemsize + 2**63) % 2**64 - 2**63 for step in steps)
 
 
 _lock = threading.Lock()
