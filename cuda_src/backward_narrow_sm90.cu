@@ -137,6 +137,7 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
   Ring<STAGES> q_ring(shared.q_stages());  // dO's moves along with it; a stage's number says whose turn it is
   const Stages<DOUT_STAGES> dout_stages = shared.dout_stages();
   Ring<DQ_STAGES> dq_ring(shared.dq_stages(number));
+  const Stages<1> exchange = shared.exchange();
 
   for (unsigned phase = 0;; phase ^= 1) {
     const Work work = hear(p, shared.work(), shared.work_stages(), phase);
@@ -261,10 +262,12 @@ __device__ __forceinline__ void consume(const TmaParams& p, const Shared shared,
     named_barrier_sync(own_barrier, 128);
     give(dv, number, shared.s(0, number).base);
     give(dk, number, shared.s(1, number).base);
-    named_barrier_sync(1, 256);
+    exchange.full(0).arrive();
+    exchange.full(0).wait(phase);
     take(dv, number, shared.s(0, 1 - number).base);
     take(dk, number, shared.s(1, 1 - number).base);
-    named_barrier_sync(1, 256);
+    exchange.empty(0).arrive();
+    exchange.empty(0).wait(phase);
     const int first_key = work.first + number * KEYS;
     store_gradient<HEAD_DIM_V>(StoredV{shared.s(0, number).base}, dv[0][0],
                                sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, work.head), first_key, 1.f);

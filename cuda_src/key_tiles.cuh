@@ -65,6 +65,9 @@ struct Shared {  // dynamic shared memory
   __device__ __forceinline__ Stages<2> ds_stages() const {  // where one consumer's dQ takes what both have of dS
     return {base + RINGS + 16 * (2 + STAGES + DOUT_STAGES + CONSUMERS * DQ_STAGES)};
   }
+  // Where consumers that take blocks in turn give each other their sums: full when all have given, empty when all have
+  // taken.  Every thread says so for itself, as in Stages::release_by_each.
+  __device__ __forceinline__ Stages<1> exchange() const { return {ds_stages().base}; }
 
   __device__ __forceinline__ void init() const {
     work_stages().init(32 * WARPS + CONSUMERS + 1);
@@ -72,7 +75,10 @@ struct Shared {  // dynamic shared memory
     q_stages().init(128 * READERS);
     dout_stages().init(4 * READERS);
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) dq_stages(consumer).init(1, 4);
-    ds_stages().init(4, WARPS);
+    if (READERS == 1)
+      exchange().init(32 * WARPS, 32 * WARPS);
+    else
+      ds_stages().init(4, WARPS);
     fence_barrier_init();
   }
 };

@@ -18,27 +18,39 @@ from anyattn import compile as compiler
 from anyattn import launch, plan
 from anyattn.compile import Spec
 from anyattn.plan import Device, UnsupportedError
-from tests import test_gpu
+from tests import test_api, test_gpu, test_hard_use, test_hidden
 from tests.device import Job
 
+MODULES = (test_gpu, test_hidden, test_hard_use, test_api)
 
-def jobs() -> Iterator[Job]:
-    """Of all tests of test_gpu.py that have one."""
-    for test in vars(test_gpu).values():
-        for mark in getattr(test, "pytestmark", []):
-            if mark.name == "parametrize" and mark.args[0] == "job":
-                yield from mark.args[1]
+
+def jobs() -> Iterator[tuple[Job, str]]:
+    """Of all tests of MODULES that have one, with the family of kernels that it asks for."""
+    for module in MODULES:
+        for test in vars(module).values():
+            for mark in getattr(test, "pytestmark", []):
+                if mark.name != "parametrize":
+                    continue
+                if mark.args[0] == "job":
+                    yield from ((job, "") for job in mark.args[1])
+                elif mark.args[0] == ("job", "kernels"):
+                    yield from mark.args[1]
+                elif mark.args[0] == ("case", "dtype"):
+                    yield from ((Job(case, dtype), "") for case, dtype in mark.args[1] if "gpu" in test.__name__)
 
 
 def specs(device: Device) -> list[Spec]:
     """Each once, those that take longest first."""
     found: set[Spec] = set()
     with mock.patch.object(launch, "device", return_value=device):
-        for job in set(jobs()):
-            try:
-                found.update(job.specs())
-            except UnsupportedError:
-                continue  # the test itself says so
+        for job, kernels in set(jobs()):
+            with mock.patch.dict(os.environ, {"ANYATTN_KERNEL": kernels} if kernels else {}):
+                launch.forget_plans()
+                try:
+                    found.update(job.specs())
+                except UnsupportedError:
+                    continue  # the test itself says so
+    launch.forget_plans()
     return test_gpu.slow_first(found)
 
 
