@@ -355,8 +355,10 @@ def _pair(window: Any) -> Any:
 
 def _adapter(q: Any) -> Any:
     """The module of anyattn.backends for q's type: its library's own, else the one for whatever speaks DLPack."""
-    packages = [base.__module__.partition(".")[0] for base in type(q).__mro__]
-    name = next((_LIBRARIES[package] for package in packages if package in _LIBRARIES), None)
+    name = None
+    for base in type(q).__mro__:  # no further than needed: torch.compile cannot follow object.__module__
+        if name := _LIBRARIES.get(base.__module__.partition(".")[0]):
+            break
     if name is None and any(hasattr(q, protocol) for protocol in _PROTOCOLS):
         name = "dlpack"
     if name is None:
