@@ -281,6 +281,9 @@ def _launch(
     prepared: _Prepared, q: int, k: int, v: int, dout: int, out: int, lse: int, others: tuple[int, ...], stream: int
 ) -> None:
     cuda, arguments = _cuda(), prepared.thread.arguments
+    if not arguments.used:  # a new thread has no context before it names the device, not even for a map
+        cuda.runtime.setDevice(prepared.device)
+        arguments.used = True
     _PACKED_ARRAYS.pack_into(arguments.params, 0, q, k, v, dout, out, lse)
     if arguments.others != others:
         arguments.params[_PACKED_ARRAYS.size : _POINTERS_BYTES] = _PACKED_OTHERS.pack(*others)
@@ -288,9 +291,6 @@ def _launch(
     if prepared.maps and arguments.mapped != (mapped := (q, k, v, dout)):
         arguments.params[_MAPS_START:] = b"".join([make(mapped) for make in prepared.maps])
         arguments.mapped = mapped
-    if not arguments.used:  # a new thread has no context before it names the device
-        cuda.runtime.setDevice(prepared.device)
-        arguments.used = True
     if prepared.plan.ticket_bytes:
         cuda.runtime.memsetAsync(others[_TICKETS], 0, prepared.plan.ticket_bytes, stream)
     for function, blocks, threads, shared_bytes in prepared.launches:

@@ -18,7 +18,7 @@ import pytest
 
 from anyattn import compile as compiler
 from anyattn.compile import Spec
-from tests.cases import CASES, DTYPES, Case, Inputs, Results, check
+from tests.cases import BY_NAME, CASES, DTYPES, Case, Inputs, Results, check
 from tests.device import Call, Job
 from tests.emulator import build
 from tests.emulator.device import DEVICE, EmulationError, Timing, emulated
@@ -106,6 +106,18 @@ def test_deterministic_whatever_the_order(emulation: Emulation) -> None:
     first, second = (replace(emulation, timing=RANDOM, multiprocessors=n).run(n) for n in (1, 4))
     for name, x in vars(first).items():
         assert np.array_equal(x, getattr(second, name)), name
+
+
+def test_threads_that_never_used_the_gpu() -> None:
+    """Forward here, backward elsewhere, as PyTorch's autograd does."""
+    job = Job(BY_NAME["dim64"], "bfloat16")
+    inputs = job.inputs()
+    with emulated():
+        call = Call(inputs)
+        call.forward()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(call.backward).result()
+        check(job.case, job.dtype, inputs, call.results())
 
 
 @pytest.mark.parametrize("head_dim", [128, 192])

@@ -20,7 +20,7 @@ import pytest
 
 import anyattn
 from anyattn import compile as compiler
-from anyattn import plan
+from anyattn import launch, plan, tensormap
 from anyattn.compile import Spec
 from anyattn.dropout import keep_mask
 from anyattn.plan import UnsupportedError
@@ -392,6 +392,8 @@ def test_thread_that_never_used_the_gpu(job: Job) -> None:
     for memory in call.outputs.values():
         memory.poison()
     cupy.cuda.runtime.deviceSynchronize()
+    launch.forget_plans()
+    tensormap.encode.cache_clear()
     for launches in (call.forward, call.backward):
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             pool.submit(launches).result()

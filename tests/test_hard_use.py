@@ -204,17 +204,26 @@ def test_first_call_of_two_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A driver that keeps what it is asked for, and a kernel to launch without maps or tickets."""
-    seen = types.SimpleNamespace(devices=[], pointers=[])
+    """A driver that keeps what it is asked for, and a kernel to launch with a map and without tickets."""
+    seen = types.SimpleNamespace(devices=[], pointers=[], asked=[])
 
     def launch_kernel(*arguments: Any) -> None:
         (params,) = ctypes.cast(arguments[9], ctypes.POINTER(ctypes.c_void_p * 1)).contents
         values = (ctypes.c_uint64 * len(launch.POINTERS)).from_address(params)
         seen.pointers.append(dict(zip(launch.POINTERS, values, strict=True)))
+        seen.asked.append("launch")
 
-    runtime = types.SimpleNamespace(setDevice=seen.devices.append)
+    def set_device(ordinal: int) -> None:
+        seen.devices.append(ordinal)
+        seen.asked.append("device")
+
+    def make_map(pointers: tuple[int, ...]) -> bytes:
+        seen.asked.append("map")
+        return b""
+
+    runtime = types.SimpleNamespace(setDevice=set_device)
     cuda = types.SimpleNamespace(runtime=runtime, driver=types.SimpleNamespace(launchKernel=launch_kernel))
-    prepared = launch._Prepared(plan.Plan((), 0, 0), ((0, 1, 32, 0),), launch._ArgumentsOfThread(b""), (), 1)
+    prepared = launch._Prepared(plan.Plan((), 0, 0), ((0, 1, 32, 0),), launch._ArgumentsOfThread(b""), (make_map,), 1)
     monkeypatch.setattr(launch, "_cuda", lambda: cuda)
     for name in ("_prepare_forward", "_prepare_backward"):
         monkeypatch.setattr(launch, name, lambda problem: prepared)
@@ -222,7 +231,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 
 def test_each_thread_names_the_device_once(driver: types.SimpleNamespace) -> None:
-    """A launch needs a context, which a thread lacks until it has named a device."""
+    """A map and a launch need a context, which a thread lacks until it has named a device."""
 
     def twice() -> None:
         for _ in range(2):
@@ -234,6 +243,7 @@ def test_each_thread_names_the_device_once(driver: types.SimpleNamespace) -> Non
     thread.join()
     assert len(driver.pointers) == 4
     assert driver.devices == [1, 1]
+    assert driver.asked == ["device", "map", "launch", "launch"] * 2
 
 
 def test_no_pointer_outlives_its_call(driver: types.SimpleNamespace) -> None:

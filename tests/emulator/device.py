@@ -13,6 +13,7 @@ import enum
 import functools
 import os
 import re
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def emulated(
             (launch, "_function", lambda path, *rest: _kernel(path)),
             (launch, "_cuda", lambda: emulator.cuda),
             (compiler, "cubin", library),
-            (tensormap, "_encoder", lambda: _encode),
+            (tensormap, "_encoder", lambda: emulator.encode),
             (device_tests, "cupy", emulator.cupy),
         ):
             stack.enter_context(mock.patch.object(target, name, substitute))
@@ -88,11 +89,19 @@ class _Emulator:
     def __init__(self, timing: Timing, seed: int, resident: int) -> None:
         self.timing, self.seed, self.resident = timing, seed, resident
         self.arrays: list[_Array] = []
+        self.thread = threading.local()  # `context`: whether the thread has one
+        self.set_device(0)
         runtime = types.SimpleNamespace(
-            setDevice=lambda ordinal: None, memsetAsync=self.memset, deviceSynchronize=lambda: None
+            setDevice=self.set_device, memsetAsync=self.memset, deviceSynchronize=lambda: None
         )
         self.cuda = types.SimpleNamespace(runtime=runtime, driver=types.SimpleNamespace(launchKernel=self.launch))
         self.cupy = types.SimpleNamespace(empty=self.empty, cuda=self.cuda)
+
+    def set_device(self, ordinal: int) -> None:
+        self.thread.context = True
+
+    def encode(self, *arguments: Any) -> int:
+        return _encode(*arguments) if hasattr(self.thread, "context") else _INVALID_CONTEXT
 
     def empty(self, size: int, dtype: Any) -> _Array:
         array = _Array(size * np.dtype(dtype).itemsize)
@@ -106,6 +115,7 @@ class _Emulator:
         self, kernel: Any, grid: int, y: int, z: int, threads: int, threads_y: int, threads_z: int, shared_bytes: int,
         stream: int, params: int, extra: int,
     ) -> None:  # fmt: skip
+        assert hasattr(self.thread, "context"), "this thread has named no device"
         assert (y, z, threads_y, threads_z, extra) == (1, 1, 1, 1, 0)
         # What lies between the guard bands of tests.device.Memory.
         guard = device_tests.GUARD
@@ -181,7 +191,7 @@ def _located(library: Path, report: str) -> str:
 
 _MAGIC = 0x70616D20726F736E
 _ELEMENT_BYTES = {6: 2, 9: 2, 7: 4, 8: 8}  # by CUtensorMapDataType: float16, bfloat16, float32, float64
-_INVALID_VALUE = 1
+_INVALID_VALUE, _INVALID_CONTEXT = 1, 201  # of CUresult
 
 
 def _encode(
