@@ -21,11 +21,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from anyattn.log import log
 
 __all__ = [
-    "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "driver_problem", "nvrtc_version", "serialised",
+    "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "cuda_core", "driver_problem", "nvrtc_version",
+    "serialised",
 ]  # fmt: skip
 
 # `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
@@ -39,7 +41,13 @@ INSTALL = (
 
 OLDEST_NVRTC = (12, 1)  # the first that knows red.global.add.v2.f32 (PTX ISA 8.1)
 
-_importing = threading.Lock()  # cuda.core is no module to import twice at once: the second thread sees it half made
+_importing = threading.Lock()
+
+
+def cuda_core(module: str = "cuda.core") -> Any:
+    """A module of cuda.core, which is not to be imported twice at once: the second thread sees it half made."""
+    with _importing:
+        return importlib.import_module(module)
 
 
 class CompileError(RuntimeError):
@@ -213,8 +221,7 @@ def _key(spec: Spec) -> str:
 
 def _compile(spec: Spec) -> tuple[bytes, str]:
     try:
-        with _importing:
-            from cuda.core import Program, ProgramOptions
+        core = cuda_core()
     except ImportError as error:
         raise CompileError(
             f"compiling a kernel needs cuda.core and cuda.bindings ({error}). Install them: {INSTALL}"
@@ -222,10 +229,10 @@ def _compile(spec: Spec) -> tuple[bytes, str]:
     if nvrtc_version() < OLDEST_NVRTC:
         raise CompileError(_too_old("these kernels"))
     source = (_source_dir() / spec.source).read_text(encoding="utf-8")
-    options = ProgramOptions(name=spec.source, arch=spec.arch, include_path=str(_source_dir()), **OPTIONS)
+    options = core.ProgramOptions(name=spec.source, arch=spec.arch, include_path=str(_source_dir()), **OPTIONS)
     messages = io.StringIO()
     try:
-        built = Program(spec.text() + source, "c++", options).compile("cubin", logs=messages)
+        built = core.Program(spec.text() + source, "c++", options).compile("cubin", logs=messages)
     except (
         Exception
     ) as error:  # cuda.core's own class moved between its versions; every one of them means the same here
@@ -267,6 +274,7 @@ def _write(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+        Path(temporary).chmod(0o644)  # mkstemp's 0600 would keep other users from a cache that is shared
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -685,10 +685,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="anyattn")
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
-
-
 class _OpenBLAS(NamedTuple):
     get_threads: Callable[[], int]
     set_threads: Callable[[int], None]
@@ -742,3 +738,17 @@ def _one_blas_thread() -> Iterator[None]:
             _blas_users -= 1
             if _blas_users == 0:
                 blas.set_threads(_blas_threads)
+
+
+def _after_fork() -> None:
+    """A child process has none of its parent's threads, and none of the calls they were in."""
+    global _blas_lock, _blas_users
+    _pool.cache_clear()
+    _blas_lock = threading.Lock()
+    if _blas_users and (blas := _openblas()):
+        blas.set_threads(_blas_threads)
+    _blas_users = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 import threading
 from collections.abc import Callable
@@ -140,9 +141,20 @@ def forget_plans() -> None:
         cache.cache_clear()
 
 
+def available(ordinal: int | None = None) -> str | None:
+    """None when the GPU path works on a GPU, by default the current one; else the reason, with what to install."""
+    if reason := _no_gpu():
+        return reason
+    try:
+        device(_cuda().runtime.getDevice() if ordinal is None else ordinal)
+    except (compiler.CompileError, UnsupportedError) as error:
+        return str(error)
+    return None
+
+
 @functools.cache
-def available() -> str | None:
-    """None when the GPU path works on this machine; else the reason, with what to install."""
+def _no_gpu() -> str | None:
+    """Why there is no GPU to ask anything of."""
     try:
         import cupy
     except ImportError as error:
@@ -155,11 +167,11 @@ def available() -> str | None:
         return f"no NVIDIA GPU is usable here ({error})"
     if count == 0:
         return "there is no NVIDIA GPU here"
-    try:
-        device(0)
-    except (compiler.CompileError, UnsupportedError) as error:
-        return str(error)
     return None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_no_gpu.cache_clear)  # where CUDA can't be used any more
 
 
 @functools.cache

@@ -194,6 +194,8 @@ class _Slot:
             self._there.pop(name, None)
             self._held.pop(name, None)
             self._there[name] = size, cupy.cuda.alloc(size)
+            # The pool may have it from work of the current stream that is still under way.
+            self.stream.wait_event(cupy.cuda.get_current_stream().record())
         return self._there[name][1]
 
 

@@ -170,13 +170,14 @@ class BackwardProblem:
 
 def dense(q: View, k: View, v: View, alibi: View | None, options: Options) -> Problem:
     """The problem of a call on 2-D, 3-D or 4-D arrays; raises ValueError or TypeError naming what is wrong."""
+    slopes = None if alibi is None else alibi[1:]
     try:
-        return _dense(
-            q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, None if alibi is None else alibi[1:], options
-        )
+        problem = _dense(q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options)
     except TypeError:
         _refuse_unhashable(options._asdict())
         raise
+    _check_alignment(alibi_slopes=alibi)
+    return problem
 
 
 def varlen(
@@ -194,10 +195,12 @@ def varlen(
     slopes = None if alibi is None else alibi[1:]
     lengths = (cu_seqlens_q[1:], cu_seqlens_k[1:], max_seqlen_q, max_seqlen_k)
     try:
-        return _varlen(q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options, *lengths)
+        problem = _varlen(q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options, *lengths)
     except TypeError:
         _refuse_unhashable({**options._asdict(), "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
         raise
+    _check_alignment(alibi_slopes=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    return problem
 
 
 def backward(problem: Problem, dout: View, out: View, lse: View) -> BackwardProblem:
@@ -427,10 +430,7 @@ def _common(
     """The fields of a Problem that dense and packed calls derive alike."""
     strides = [_strides(x, axes) for x in (q, k, v)]
     itemsize = ITEMSIZE[q.dtype]
-    if q.device >= 0:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.ptr % itemsize:
-                raise ValueError(f"{name}: its data must be aligned to its {itemsize}-byte elements")
+    _check_alignment(q=q, k=k, v=v)
     head_dim = q.shape[-1]
     left, right = _window(options.window, _flag("causal", options.causal), seqlen_q, seqlen_k)
     return {
@@ -471,8 +471,7 @@ def _backward(
             raise TypeError(f"{name} must be {dtype} for {problem.dtype} q, k, v, got {x.dtype}")
         if x.device != problem.device:
             raise ValueError(f"{name} must be on q's device, {place(problem.device)}, got {place(x.device)}")
-        if x.device >= 0 and x.ptr % ITEMSIZE[dtype]:
-            raise ValueError(f"{name}: its data must be aligned to its {ITEMSIZE[dtype]}-byte elements")
+        _check_alignment(**{name: x})
 
     axes = problem.axes
     dout_strides, out_strides = _strides(dout, axes), _strides(out, axes)
@@ -544,6 +543,13 @@ def _check_arrays(q: View, k: View, v: View, dims: str) -> None:
             raise TypeError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {place(q.device)}, got {place(x.device)}")
+
+
+def _check_alignment(**views: View | None) -> None:
+    """On a GPU a misaligned address would be the end of the process."""
+    for name, x in views.items():
+        if x is not None and x.device >= 0 and x.ptr % (size := ITEMSIZE[x.dtype]):
+            raise ValueError(f"{name}: its data must be aligned to its {size}-byte elements")
 
 
 def _check_heads(heads: int, heads_kv: int, heads_v: int) -> None:

@@ -66,9 +66,10 @@ def attention_backward(
     bp = problem.backward(call, _view("dout", dout), _view("out", out), _view("lse", lse))
     with Device(call.device):
         dq, dk, dv = (ndarray(shape, q.dtype) for shape in (bp.dq_shape, bp.dk_shape, bp.dv_shape))
-        workspace = alloc(launch.workspace_bytes(bp))
+        stream = get_current_stream(call.device)
+        workspace = _workspace(launch.workspace_bytes(bp), stream)
         pointers = [x.data.ptr for x in (dout, q, k, v, out, lse, dq, dk, dv)]
-        pointers += [workspace.ptr, get_current_stream(call.device).ptr]
+        pointers += [workspace.ptr, stream.ptr]
         launch.backward(bp, *pointers, **_extras(alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed or 0))
     return dq, dk, dv
 
@@ -122,18 +123,29 @@ def _forward(
     if alibi is not None or cu_seqlens_q is not None or seed:
         extras = _extras(alibi, cu_seqlens_q, cu_seqlens_k, seed or 0)
     if size := launch.workspace_bytes(call):  # often 0
-        workspace = alloc(size)
+        workspace = _workspace(size, stream)
         extras["workspace"] = workspace.ptr
     # One by one: to unpack a tuple of them takes as long again as the call.
     launch.forward(call, q.data.ptr, k.data.ptr, v.data.ptr, out.data.ptr, lse_ptr, stream.ptr, **extras)
     return (out, lse) if return_lse else out
 
 
+_of_graphs: list[Any] = []
+
+
+def _workspace(size: int, stream: Any) -> Any:
+    """Memory that goes back to CuPy's pool with the call; but a graph that is being captured writes to it again."""
+    memory = alloc(size)
+    if stream.is_capturing():
+        _of_graphs.append(memory)
+    return memory
+
+
 def _dense(q: Any, k: Any, v: Any, alibi: Any, options: Options) -> Problem:
     if alibi is None:
         try:
             return _cached_dense(_key(q), _key(k), _key(v), options)
-        except (AttributeError, TypeError):  # not a CuPy array, or a bad option: the way below names it
+        except (AttributeError, TypeError, ValueError):  # what is wrong will be named on the way below
             pass
     return problem.dense(_view("q", q), _view("k", k), _view("v", v), _alibi(alibi), options)
 
@@ -152,13 +164,19 @@ def _key(x: Any) -> tuple[Any, ...]:
 def _from_key(
     shape: tuple[int, ...], strides: Literal[True] | tuple[int, ...], dtype: Any, device: int, ptr: int
 ) -> View:
-    steps = problem.row_major(shape) if strides is True else tuple(step // dtype.itemsize for step in strides)
-    return View(ptr, shape, steps, dtype.name, device)
+    if strides is True:
+        return View(ptr, shape, problem.row_major(shape), dtype.name, device)
+    if any(n > 1 and step % dtype.itemsize for n, step in zip(shape, strides, strict=True)):
+        raise ValueError(f"its strides must be whole elements, got {strides} bytes of {dtype.name}")
+    return View(ptr, shape, tuple(step // dtype.itemsize for step in strides), dtype.name, device)
 
 
 def _view(name: str, x: Any) -> View:
     check_array(name, x, ndarray)
-    return _from_key(*_key(x))
+    try:
+        return _from_key(*_key(x))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _alibi(slopes: Any) -> View | None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,10 @@ class Bridge:
 
     def _run(self, function: str, arrays: dict[str, Any], **plain: Any) -> Any:
         q, results = arrays["q"], self._results(function, arrays, **plain)
-        return tuple(self.returned(x, q) for x in results) if isinstance(results, tuple) else self.returned(results, q)
+        with _current(_device("q", q)):  # CuPy lets whoever imports an array wait for the current device's stream
+            if isinstance(results, tuple):
+                return tuple(self.returned(x, q) for x in results)
+            return self.returned(results, q)
 
     def _results(self, function: str, arrays: dict[str, Any], **plain: Any) -> Any:
         """What NumPy's or CuPy's adapter returns."""
@@ -170,29 +174,42 @@ def _device(name: str, x: Any) -> int:
     raise TypeError(f"{name} must speak DLPack or an array interface, got a {_full_name(x)}")
 
 
+def _current(device: int) -> AbstractContextManager[Any]:
+    """Makes a CUDA device CuPy's current one."""
+    if device < 0:
+        return nullcontext()
+    import cupy
+
+    context: AbstractContextManager[Any] = cupy.cuda.Device(device)
+    return context
+
+
 def _run_on_gpu(device: int, function: str, arrays: dict[str, Any], others: dict[str, Any]) -> Any:
     from anyattn import launch
 
-    if reason := launch.available():
+    if reason := launch.available(device):
         raise launch.UnsupportedError(f"q is on cuda:{device}: {reason}")
     import cupy
 
     adapter = importlib.import_module("anyattn.backends.cupy")
-    with cupy.cuda.Device(device):
+    _drop_done()
+    with _current(device):
         stream = cupy.cuda.get_current_stream()
         views = {name: _gpu_view(name, x, stream.ptr) for name, x in arrays.items()}
         results = getattr(adapter, function)(**{**others, **views})
-        _hold_until_done(stream.record(), views)
+        if not stream.is_capturing():  # then whoever replays the graph keeps them, and its events can't be asked
+            _hold_until_done(stream.record(), views)
     return results
 
 
 def _gpu_view(name: str, x: Any, stream: int) -> Any:
     """A CuPy array on the memory of x, which is ready on the stream. (cupy.from_dlpack takes several times as long.)"""
     import cupy
-    from cuda.core.utils import StridedMemoryView
+
+    from anyattn.compile import cuda_core
 
     try:  # DLPack calls the legacy default stream 1, CUDA 0
-        view = StridedMemoryView.from_any_interface(x, stream_ptr=stream or 1)
+        view = cuda_core("cuda.core.utils").StridedMemoryView.from_any_interface(x, stream_ptr=stream or 1)
         dtype = np.dtype(view.dtype)
     except (BufferError, NotImplementedError, TypeError) as error:
         raise TypeError(f"{name} must be an array that CuPy can read; bfloat16 needs ml_dtypes ({error})") from None
@@ -211,9 +228,16 @@ _in_flight: deque[tuple[Any, Any]] = deque()  # (event, arrays that the work bef
 
 
 def _hold_until_done(event: Any, arrays: Any) -> None:
-    """Keep other libraries' arrays alive while kernels read them: their allocators don't know of CuPy's stream."""
+    """Keep other libraries' arrays alive while kernels read them: their allocators don't know of CuPy's stream.
+
+    They are let go with the next call.
+    """
     with _lock:
         _in_flight.append((event, arrays))
+
+
+def _drop_done() -> None:
+    with _lock:
         while _in_flight and _in_flight[0][0].done:
             _in_flight.popleft()
 

@@ -165,7 +165,9 @@ def fresh_seed() -> int:
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -> tuple[Tensor, Any]:
     compiling = is_compiling()
     autocast = compiling or _is_any_autocast_enabled()
-    kind = None if compiling else _kind_of(call, torch.get_autocast_dtype(q.device.type) if autocast else None)
+    kind = None
+    if not compiling and not q.is_meta:  # for which PyTorch has no autocast
+        kind = _kind_of(call, torch.get_autocast_dtype(q.device.type) if autocast else None)
     known = kind.recall(q, k, v) if kind and autocast else None  # without autocast, `attention` has asked already
     if known is None:
         slopes = call.alibi_slopes
@@ -243,7 +245,7 @@ def _forward_mode() -> bool:
 
 def _autocast(x: Tensor) -> Tensor:
     """Cast as autocast casts the operands of scaled_dot_product_attention: every real dtype but float64."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     eligible = x.is_floating_point() and x.dtype is not torch.float64
     return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
@@ -597,7 +599,8 @@ def _flat(call: _Call) -> tuple[Any, ...]:
     *head, options, backend = call
     causal, window, *others = options
     pair = window if isinstance(window, tuple) else (window, window)
-    return *head, causal, [-1 if n is None else n for n in pair], *others, backend
+    sides = [int(n) if isinstance(n, float) and n.is_integer() else -1 if n is None else n for n in pair]
+    return *head, causal, sides, *others, backend
 
 
 def _unflat(flat: tuple[Any, ...]) -> _Call:

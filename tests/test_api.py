@@ -6,18 +6,20 @@ and strides on the CPU.
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
 import types
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from anyattn.backends.dlpack import byte_strides
+from anyattn.backends import dlpack
 
 import anyattn
 from anyattn import cpu, host, launch, reference
@@ -110,7 +112,7 @@ def test_numpy_over_a_gpu(case: Case, dtype: str) -> None:
 def test_where_host_arrays_go(
     shape: tuple[int, ...], backend: str, gpu: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "available", lambda: gpu)
+    monkeypatch.setattr(launch, "available", lambda *_: gpu)
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(4))
     x = View(0, shape, strides, "float32", -1)
     assert host._on_gpu(dense(x, x, x, None, Options()), backend, 1.0) is expected
@@ -197,7 +199,7 @@ def unheard_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     holder: Any = library
     if "." in request.param:
         holder = library.dlpack = types.ModuleType("unheard_of.dlpack")  # type: ignore[attr-defined]
-    holder.from_dlpack = lambda x: ByDlpack(x) if hasattr(x, "get") else ByDlpack(np.from_dlpack(x))
+    holder.from_dlpack = ByDlpack  # np.from_dlpack's arrays are read-only, which NumPy before 2.1 does not export
     monkeypatch.setitem(sys.modules, "unheard_of", library)
 
 
@@ -234,7 +236,7 @@ def test_dlpack_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         anyattn.attention(Elsewhere((8, 0)), here, here)
     with pytest.raises(TypeError, match=r"v must be of q's library, as q is a unheard_of.ByDlpack, got numpy.ndarray"):
         anyattn.attention(here, here, here.x)
-    monkeypatch.setattr(launch, "available", lambda: "no NVIDIA GPU is usable here")
+    monkeypatch.setattr(launch, "available", lambda *_: "no NVIDIA GPU is usable here")
     with pytest.raises(anyattn.UnsupportedError, match=r"q is on cuda:0: no NVIDIA GPU is usable here"):
         anyattn.attention(*[Elsewhere((2, 0))] * 3)
 
@@ -247,9 +249,85 @@ def test_dlpack_of_a_dtype_that_numpy_lacks() -> None:
         anyattn.attention(x, x, x)
 
 
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """A CuPy with two GPUs, of which the first is too old, and an adapter that computes nothing."""
+    seen = types.SimpleNamespace(current=0, exported=[], capturing=False, events=[])
+
+    class Device:
+        def __init__(self, ordinal: int) -> None:
+            self.ordinal = ordinal
+
+        def __enter__(self) -> None:
+            self.before, seen.current = seen.current, self.ordinal
+
+        def __exit__(self, *_: Any) -> None:
+            seen.current = self.before
+
+    def record() -> Any:
+        assert not seen.capturing
+        seen.events.append(types.SimpleNamespace(done=False))
+        return seen.events[-1]
+
+    stream = types.SimpleNamespace(ptr=0, record=record, is_capturing=lambda: seen.capturing)
+    properties = [{"major": 7, "minor": 5}, {"major": 9, "minor": 0}]
+    properties[1] |= {"sharedMemPerBlockOptin": 227 << 10, "multiProcessorCount": 132}
+    runtime = types.SimpleNamespace(
+        getDevice=lambda: seen.current, getDeviceCount=lambda: 2, driverGetVersion=lambda: 13000,
+        getDeviceProperties=lambda ordinal: properties[ordinal],
+    )  # fmt: skip
+    cuda = types.SimpleNamespace(Device=Device, get_current_stream=lambda: stream, runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))  # type: ignore[misc]
+    adapter = types.SimpleNamespace(attention=lambda **_: "result")
+    monkeypatch.setitem(sys.modules, "anyattn.backends.cupy", adapter)  # type: ignore[misc]
+    monkeypatch.setattr(launch, "_cuda", lambda: cuda)
+    monkeypatch.setattr(launch.compiler, "driver_problem", lambda version: None)
+    monkeypatch.setattr(dlpack, "_gpu_view", lambda name, x, stream: x)
+    monkeypatch.setattr(dlpack, "_in_flight", deque())
+    library = types.ModuleType("unheard_of")
+    library.from_dlpack = lambda x: seen.exported.append((x, seen.current))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unheard_of", library)
+    caches: tuple[Any, ...] = (launch._no_gpu, launch.device)
+    for cache in caches:
+        cache.cache_clear()
+        monkeypatch.setattr(launch, cache.__name__, functools.cache(cache.__wrapped__))
+    return seen
+
+
+def test_dlpack_on_a_gpu_that_is_not_the_current_one(two_gpus: types.SimpleNamespace) -> None:
+    """Whoever imports the results waits for the stream that is current then."""
+    x = Elsewhere((2, 1))
+    anyattn.attention(x, x, x)
+    assert two_gpus.exported == [("result", 1)]
+    assert two_gpus.current == 0
+
+
+def test_each_gpu_is_judged_by_itself(two_gpus: types.SimpleNamespace) -> None:
+    x = Elsewhere((2, 0))
+    with pytest.raises(anyattn.UnsupportedError, match=r"q is on cuda:0: GPU 0 has compute capability 7.5"):
+        anyattn.attention(x, x, x)
+    assert "GPU 0 has compute capability 7.5" in str(launch.available())
+    two_gpus.current = 1
+    assert launch.available() is None
+
+
+def test_dlpack_keeps_arrays_until_the_gpu_has_read_them(two_gpus: types.SimpleNamespace) -> None:
+    x = Elsewhere((2, 1))
+    for _ in range(3):
+        anyattn.attention(x, x, x)
+    assert len(dlpack._in_flight) == 3
+    for event in two_gpus.events:
+        event.done = True
+    anyattn.attention(x, x, x)
+    assert len(dlpack._in_flight) == 1
+    two_gpus.capturing = True  # a captured event is never done: nobody may wait for one
+    anyattn.attention(x, x, x)
+    assert len(dlpack._in_flight) == 1
+
+
 def test_strides_that_cupy_exports() -> None:
     divided_as_unsigned = (2**64 - 512) // 4
-    assert byte_strides((128, 1, 0, -128, divided_as_unsigned), 4) == (512, 4, 0, -512, -512)
+    assert dlpack.byte_strides((128, 1, 0, -128, divided_as_unsigned), 4) == (512, 4, 0, -512, -512)
 
 
 # Some of all, and each with strides that CuPy exports wrong.
@@ -406,11 +484,20 @@ def host_cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(launch, name, getattr(kernels, name))
     monkeypatch.setattr(adapter, "Device", Device)
     monkeypatch.setattr(adapter, "getDevice", lambda: Device.current)
-    streams = lambda device: types.SimpleNamespace(ptr=STREAM if device == Device.current else None)
-    monkeypatch.setattr(adapter, "get_current_stream", streams)
+
+    class Stream:
+        capturing = False
+
+        def __init__(self, device: int) -> None:
+            self.ptr = STREAM if device == Device.current else None
+
+        def is_capturing(self) -> bool:
+            return self.capturing
+
+    monkeypatch.setattr(adapter, "get_current_stream", Stream)
     before = cupy.cuda.get_allocator()
     cupy.cuda.set_allocator(lambda size: cupy.cuda.MemoryPointer(HostMemory(size), 0))
-    yield types.SimpleNamespace(kernels=kernels, memory=HostMemory, device=Device, adapter=adapter)
+    yield types.SimpleNamespace(kernels=kernels, memory=HostMemory, device=Device, stream=Stream, adapter=adapter)
     cupy.cuda.set_allocator(before)
 
 
@@ -458,6 +545,33 @@ def test_cupy_computes_on_the_arrays_device(host_cupy: Any, monkeypatch: pytest.
     anyattn.attention(*map(to_cupy, arrays((9, 4, 16), (9, 4, 16), (9, 4, 16))))
     assert seen == [(1, 1)]
     assert host_cupy.device.current == 0
+
+
+def test_cupy_keeps_the_workspace_of_a_captured_call(host_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replay of the graph writes to it."""
+    kept: list[Any] = []
+    monkeypatch.setattr(host_cupy.adapter, "_of_graphs", kept)
+    q, k, v = map(to_cupy, arrays((9, 4, 16), (7, 2, 16), (7, 2, 8)))
+    out, lse = anyattn.attention(q, k, v, return_lse=True)
+    anyattn.attention_backward(out, q, k, v, out, lse)
+    assert not kept
+    monkeypatch.setattr(host_cupy.stream, "capturing", True)
+    anyattn.attention_backward(out, q, k, v, out, lse)
+    assert [memory.mem.size for memory in kept] == [1000]
+
+
+def test_cupy_strides_of_half_elements(host_cupy: Any) -> None:
+    """As those of a view of a dtype of half the size, in rows of an odd number of these."""
+    (q,) = arrays((4, 1, 16))
+    whole = to_cupy(q)
+    half = whole.view(np.float16)[..., :30].view(np.float32)  # rows of 15, 16 apart
+    assert anyattn.attention(half, half, half).shape == (4, 1, 15)
+    odd = to_cupy(np.zeros((4, 1, 33), np.float16))[..., :32].view(np.float32)
+    for function in (anyattn.attention, anyattn.explain):
+        with pytest.raises(
+            ValueError, match=r"k: its strides must be whole elements, got \(66, 66, 4\) bytes of float"
+        ):
+            function(whole, odd, whole)
 
 
 def test_cupy_bad_input(host_cupy: Any) -> None:

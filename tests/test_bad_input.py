@@ -59,6 +59,7 @@ ATTENTION = [
     ({"k": OtherArray()}, TypeError, r"k must be a numpy.ndarray, as q is, got tests.OtherArray"),
     ({"q": OtherArray()}, TypeError, r"q must come from a library with from_dlpack, .*; tests has none"),
     ({"v": np.ma.masked_array(V)}, TypeError, r"v must be a plain array, got a numpy.ma.MaskedArray"),
+    ({"q": np.matrix(np.ones((3, 16), F32))}, TypeError, r"q must be a plain array, got a numpy.matrix"),
     ({"q": shaped(16)}, ValueError, r"q must have 2 .*, 3 .* or 4 dimensions, got shape \(16,\)"),
     ({"q": shaped(1, 2, 8, 4, 16)}, ValueError, r"q must have 2 .* or 4 dimensions, got shape \(1, 2, 8, 4, 16\)"),
     ({"k": K[0]}, ValueError, r"k must have q's 4 dimensions \(batch, seqlen, heads, head_dim\), got shape \(6, 2, 16"),
@@ -217,7 +218,7 @@ def test_the_unchanged_call_is_good(function: str) -> None:
 @pytest.mark.parametrize("backend", ["cuda", "auto"])
 def test_no_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """backend='cuda' without a GPU says what to install; 'auto' goes on to the CPU."""
-    monkeypatch.setattr(launch, "available", lambda: "CuPy is not installed: pip install 'anyattn[cuda13]'")
+    monkeypatch.setattr(launch, "available", lambda *_: "CuPy is not installed: pip install 'anyattn[cuda13]'")
     large = np.ones((1, 8192, 16, 64), F32)
     message = r"backend='cuda': CuPy is not installed: pip install"
     error, text = (

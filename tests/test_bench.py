@@ -328,7 +328,7 @@ def test_bench_refuses(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(launch, "available", lambda: "there is no GPU in this test")
+    monkeypatch.setattr(launch, "available", lambda *_: "there is no GPU in this test")
     assert cli.main(["bench", *arguments]) == status
     assert message in capsys.readouterr().err
 

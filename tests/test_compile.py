@@ -128,6 +128,31 @@ def test_second_process_reads_the_disk() -> None:
     assert second == dataclasses.replace(first, seconds=0.0)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no such modes on this system")
+def test_another_user_may_read_the_disk() -> None:
+    path = Path(compiler.cubin(SPEC).path)
+    for file in path.parent.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o644, file.name
+
+
+def test_threads_that_import_cuda_core_at_once() -> None:
+    """One for the compiler, one for DLPack. Imported as they come, one of the two often fails."""
+    script = """
+import threading
+from anyattn.compile import cuda_core
+start, imported = threading.Barrier(2), []
+def thread(module, name):
+    start.wait()
+    imported.append(getattr(cuda_core(module), name))
+names = ("cuda.core.utils", "StridedMemoryView"), ("cuda.core", "Program")
+threads = [threading.Thread(target=thread, args=pair) for pair in names]
+for t in threads: t.start()
+for t in threads: t.join()
+assert len(imported) == 2
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_key_covers_everything_that_matters(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler.cubin(SPEC)
     assert rebuilt(dataclasses.replace(SPEC, arch="sm_86"))

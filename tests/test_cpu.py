@@ -171,6 +171,36 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, check=True, timeout=60)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_beside_a_call_has_its_blas_threads() -> None:
+    script = """
+import os, threading
+from anyattn import cpu
+from tests.test_cpu import Case, random_inputs, run
+inputs = random_inputs(case := Case("small"))
+blas = cpu._openblas()
+before, inside, leave = blas.get_threads(), threading.Event(), threading.Event()
+def call():
+    with cpu._one_blas_thread():
+        inside.set()
+        leave.wait()
+thread = threading.Thread(target=call)
+thread.start()
+inside.wait()
+child = os.fork()
+if not child:
+    run(case, inputs)
+    os._exit(0 if (blas.get_threads(), cpu._blas_users) == (before, 0) else 1)
+status = os.waitpid(child, 0)[1]
+leave.set()
+thread.join()
+raise SystemExit(os.waitstatus_to_exitcode(status) or blas.get_threads() != before)
+"""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"ANYATTN_THREADS": "2", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, check=True, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "heads", "heads_kv"),
     [("float32", 64, 8, 8), ("bfloat16", 128, 4, 1), ("float64", 256, 1, 1)],

@@ -44,7 +44,7 @@ def explain(call: str) -> Explanation:
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
     """An Ada GPU, as far as plans are concerned; a forward kernel there is sm80's."""
     ada = Device("sm_89", plan.SHARED_BYTES["sm_89"])
-    monkeypatch.setattr(launch, "available", lambda: None)
+    monkeypatch.setattr(launch, "available", lambda *_: None)
     monkeypatch.setattr(launch, "device", lambda ordinal: ada)
     runtime = SimpleNamespace(getDevice=lambda: 0)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
@@ -182,7 +182,7 @@ def test_too_little_work_for_a_gpu() -> None:
 
 
 def test_large_enough_but_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "available", lambda: "there is no GPU in this test")
+    monkeypatch.setattr(launch, "available", lambda *_: "there is no GPU in this test")
     part = explain("4,8192,16,64,float32,host").forward
     assert part.device == "cpu"
     assert part.why == "there is enough work for a GPU, but there is no GPU in this test"
@@ -229,7 +229,7 @@ def test_what_is_told_is_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_gpu_where_one_is_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "available", lambda: "there is no GPU in this test")
+    monkeypatch.setattr(launch, "available", lambda *_: "there is no GPU in this test")
     q = np.ones(SHAPE, np.float32)
     told = anyattn.explain(q, q, q, backend="cuda").forward
     assert told == Pass(None, "", (), 0, (), (), "backend='cuda': there is no GPU in this test")

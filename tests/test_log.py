@@ -81,7 +81,7 @@ def test_first_use_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
 
 def test_fallback_to_the_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(launch, "available", lambda: "there is no GPU in this test")
+    monkeypatch.setattr(launch, "available", lambda *_: "there is no GPU in this test")
     view = View(0, (4, 8192, 16, 64), (8192 * 16 * 64, 16 * 64, 64, 1), "float32", -1)
     for _ in range(2):
         assert not host._on_gpu(dense(view, view, view, None, Options()), "auto", 1.0)

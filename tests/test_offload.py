@@ -119,8 +119,12 @@ class Stream:
 
     def __init__(self, non_blocking: bool = False) -> None:
         self.queue: list[Callable[[], None]] = []
+        self.waited = ""
         self.ptr = len(Stream.made)
         Stream.made.append(self)
+
+    def wait_event(self, event: str) -> None:
+        self.waited = event
 
     def synchronize(self) -> None:
         for work in self.queue:
@@ -138,6 +142,7 @@ class Memory:
         self.ptr = self.bytes.ctypes.data + -self.bytes.ctypes.data % 16
 
     def copy_from_host_async(self, here: int, size: int, stream: Stream) -> None:
+        assert stream.waited == "all asked of the current stream"  # the pool may have this memory from there
         Memory.uploads += 1
         stream.queue.append(lambda: ctypes.memmove(self.ptr, here, size) and None)
 
@@ -149,8 +154,13 @@ class Memory:
 def queue(monkeypatch: pytest.MonkeyPatch) -> HostKernels:
     """A CuPy whose only GPU is a queue, and kernels that run on the host when their turn comes."""
     runtime = types.SimpleNamespace(getDevice=lambda: 0, memGetInfo=lambda: (1 << 30, 1 << 30))
+    current = types.SimpleNamespace(record=lambda: "all asked of the current stream")
     cuda = types.SimpleNamespace(
-        Stream=Stream, alloc=Memory, alloc_pinned_memory=lambda size: bytearray(b"\xff" * size), runtime=runtime
+        Stream=Stream,
+        alloc=Memory,
+        alloc_pinned_memory=lambda size: bytearray(b"\xff" * size),
+        runtime=runtime,
+        get_current_stream=lambda: current,
     )
     pool = types.SimpleNamespace(free_bytes=lambda: 0)
     fake = types.SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool)
@@ -166,7 +176,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> HostKernels:
 
         return launch
 
-    monkeypatch.setattr(launch, "available", lambda: None)
+    monkeypatch.setattr(launch, "available", lambda *_: None)
     monkeypatch.setattr(launch, "forward", later(kernels.forward, 6))
     monkeypatch.setattr(launch, "backward", later(kernels.backward, 11))
     monkeypatch.setattr(launch, "workspace_bytes", kernels.workspace_bytes)

@@ -287,6 +287,16 @@ PLAIN = Options()
             r"lse: its data must be aligned to its 4-byte elements",
         ),
         (
+            lambda: dense(GPU, GPU, GPU, contiguous(GPU.shape[2], ptr=514, dtype="float32"), Options()),
+            ValueError,
+            r"alibi_slopes: its data must be aligned to its 4-byte elements",
+        ),
+        (
+            lambda: varlen(ROWS, ROWS, ROWS, CU, CU._replace(ptr=514), 5, 5, None, PLAIN),
+            ValueError,
+            r"cu_seqlens_k: its data must be aligned to its 4-byte elements",
+        ),
+        (
             lambda: self_attention(contiguous(1, 2**30, 1, 8)),
             ValueError,
             r"q: seqlen must be below 2\*\*30, got 1073741824",

@@ -409,6 +409,9 @@ def test_meta_tensors() -> None:
     assert out.is_meta
     assert out.shape == (2, 5, 4, 6)
     assert lse.shape == (2, 4, 5)
+    for device in ("cpu", "cuda"):
+        with torch.autocast(device, torch.bfloat16):  # none for them: SDPA takes them as they are, too
+            assert anyattn.attention(*(x.to("meta") for x in operands(h=4))).is_meta
 
 
 def test_plain_calls_skip_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,6 +683,8 @@ def test_functorch(device: str) -> None:
     close(step(anyattn.attention)(q, k, v), wanted)
     close(torch.func.vmap(step(anyattn.attention))(q, k, v), wanted)  # gradients of each sample
     close(torch.func.vmap(anyattn.attention)(q, k, v), plain(q, k, v))
+    banded = partial(anyattn.attention, window=(2.0, None))  # type: ignore[arg-type]
+    close(torch.func.vmap(banded)(q, k, v), banded(q, k, v))
 
 
 # --- autocast --------------------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ ARGUMENTS = ["tune", "--directions", "forward", "--head-dims", "64"]
 
 def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With a GPU that isn't here, on which 16 keys more are faster."""
-    monkeypatch.setattr(launch, "available", lambda: None)
+    monkeypatch.setattr(launch, "available", lambda *_: None)
     monkeypatch.setattr(launch, "device", lambda ordinal: ADA)
     monkeypatch.setattr(tune, "fault", lambda chosen: "it is a test" if isinstance(chosen, str) else None)
     better = "BLOCK_M=128 BLOCK_N=80 WARPS=4 MIN_BLOCKS=2 V_PARTS=1"
@@ -372,12 +372,12 @@ def test_dry_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_tune_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(launch, "available", lambda: "there is no GPU in this test")
+    monkeypatch.setattr(launch, "available", lambda *_: "there is no GPU in this test")
     assert cli.main(ARGUMENTS) == 1
     assert capsys.readouterr().err == "anyattn: tune needs a GPU: there is no GPU in this test\n"
     assert cli.main([*ARGUMENTS, "--arch", "sm_80"]) == 2
     assert "--arch needs --dry-run" in capsys.readouterr().err
-    monkeypatch.setattr(launch, "available", lambda: None)
+    monkeypatch.setattr(launch, "available", lambda *_: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(ARGUMENTS) == 1
     assert "bfloat16 arrays of CuPy need ml_dtypes" in capsys.readouterr().err
