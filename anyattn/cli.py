@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import anyattn
 from anyattn import explanation, launch, plan
 from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version, serialised
-from anyattn.problem import DTYPES
+from anyattn.problem import DTYPES, MAX_HEAD_DIM
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--masks", type=masks, default=["full", "causal"], metavar="NAME,...", help="default: full,causal"
     )
-    command.add_argument("--head-dims", type=_numbers, metavar="N,...", help="default: 64,128 on a GPU, else 64")
+    command.add_argument("--head-dims", type=_head_dims, metavar="N,...", help="default: 64,128 on a GPU, else 64")
     command.add_argument("--seqlens", type=_numbers, metavar="N,...", help="default: 512,2048,8192; 512,1024,2048")
-    command.add_argument("--tokens", type=int, metavar="N", help="in all sequences; default: 16384; 2048")
-    command.add_argument("--hidden", type=int, metavar="N", help="heads x head dim; default: 2048; 256")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="in all sequences; default: 16384; 2048")
+    command.add_argument("--hidden", type=_positive, metavar="N", help="heads x head dim; default: 2048; 256")
     command.add_argument("--rivals", type=lambda text: text.split(","), metavar="NAME,...", help="only these")
-    command.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    command.add_argument("--rounds", type=_positive, default=3, metavar="N", help="default: 3")
     command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="of the JSON file and the chart")
     command.set_defaults(run=bench)
 
@@ -98,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--dtypes", type=_names(*DTYPES), default=["bfloat16"], metavar="NAME,...", help="default: bfloat16"
     )
     command.add_argument(
-        "--head-dims", type=_numbers, default=[64, 128, 256], metavar="N,...", help="default: 64,128,256"
+        "--head-dims", type=_head_dims, default=[64, 128, 256], metavar="N,...", help="default: 64,128,256"
     )
-    command.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    command.add_argument("--rounds", type=_positive, default=5, metavar="N", help="default: 5")
     command.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: tiles-ARCH.yaml")
     command.add_argument("--dry-run", action="store_true", help="compile the candidates and list them; measure nothing")
     command.add_argument("--arch", choices=plan.SHARED_BYTES, help="with --dry-run, which then needs no GPU")
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
-    except CompileError as error:
+    except (CompileError, OSError) as error:
         print(f"anyattn: {error}", file=sys.stderr)
         return 1
     return status
@@ -211,6 +211,8 @@ def _gpus() -> tuple[str | None, list[dict[str, Any]]]:
 
 def compile_kernels(architectures: Sequence[str], report: Path | None = None) -> int:
     """Builds every default kernel. Returns 1 if one does not compile, spills much, or serialises its products."""
+    if report:
+        report.parent.mkdir(parents=True, exist_ok=True)
     nvrtc = "{}.{}".format(*nvrtc_version())
     specs = [spec for arch in architectures for spec in plan.default_specs(arch)]
     built = _in_threads([partial(_build, spec) for spec in specs], "compiling")
@@ -332,10 +334,11 @@ def bench(options: argparse.Namespace) -> int:
         print(f"anyattn: no {', '.join(sorted(unknown))} here; there are {', '.join(sorted(known))}", file=sys.stderr)
         return 2
 
+    options.out.mkdir(parents=True, exist_ok=True)
     measured = suite.measure(cells, options.directions, names, dtype, device, options.rounds)
     done = list(_progress(measured, len(cells) * len(options.directions), f"{dtype} on {device}"))
-    result: dict[str, Any] = {"benchmark": "bench", "device": device, "dtype": dtype, "meta": timing.metadata()}
-    result |= {"cells": done, "summary": suite.summary(done)}
+    result: dict[str, Any] = {"benchmark": "bench", "device": device, "dtype": dtype}
+    result |= {"meta": timing.metadata(device == "cuda"), "cells": done, "summary": suite.summary(done)}
     _print_bench(result)
     path = timing.save(options.out, f"bench-{dtype}", result)
     print(f"\n{path}")
@@ -398,6 +401,8 @@ def tune(options: argparse.Namespace) -> int:
         for dtype in options.dtypes
         for head_dim in options.head_dims
     ]
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     trials = [trial for cell in cells if (trial := tuning.prepare(table, cell, device))]
     faults = _in_threads([partial(tuning.fault, chosen) for trial in trials for chosen in trial.plans], "compiling")
     found = iter(faults)
@@ -443,10 +448,20 @@ def _names(*known: str) -> Callable[[str], list[str]]:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+    return [_positive(number) for number in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _head_dims(text: str) -> list[int]:
+    found = _numbers(text)
+    if max(found) > MAX_HEAD_DIM:
+        raise argparse.ArgumentTypeError(f"head dims go to {MAX_HEAD_DIM}, got {text}")
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- output

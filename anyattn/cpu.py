@@ -29,7 +29,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
@@ -122,7 +122,7 @@ def backward(
     groups = list(
         _groups(job, (q, dout, out, lse, dq), (k, v, dk, dv), alibi, cu_seqlens_q, cu_seqlens_k, _BACKWARD_HEADS)
     )
-    parts = job.parts(len(groups))
+    parts = max(1, min(job.parts(len(groups)), -(-problem.seqlen_q // _ROWS)))
     tasks: list[_Task] = []
     for group in groups:
         shares: list[_Share | None] = [None] * parts
@@ -412,17 +412,22 @@ def _forward_block(
         job.exp(p, out=p)
         row_sums = p_flat @ ones[: len(keys)]
         if not row_sums.max() <= _OVERFLOW:  # or NaN
+            # From the scores themselves: what is left of them beside a shift far below may be a few bits.
+            before = shift[:, :, here].copy()
+            if inside:
+                q_flat[..., -1] = 0.0
             np.matmul(q_flat, k_tile, out=p_flat)
-            tile.finish_scores(p, shift[:, :, here], ws)
-            rise = np.maximum(p.max(axis=-1), 0.0)
-            p -= rise[..., None]
+            tile.finish_scores(p, np.zeros_like(before), ws)
+            highest = np.maximum(p.max(axis=-1), before)
+            p -= highest[..., None]
             job.exp(p, out=p)
             row_sums = p_flat @ ones[: len(keys)]
-            shift[:, :, here] += rise
+            shift[:, :, here] = highest
             if inside:
-                q_tile[:, :, here, -1] -= rise
-            total[:, :, here] *= job.exp(-rise)
-            o[:, :, here] *= job.exp(-rise)[..., None]
+                q_tile[:, :, here, -1] = -highest
+            fall = job.exp(before - highest)
+            total[:, :, here] *= fall
+            o[:, :, here] *= fall[..., None]
         total[:, :, here] += row_sums.reshape(p.shape[:-1])
 
         keep = tile.kept()
@@ -466,7 +471,8 @@ def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
         slopes = group.slopes[:, :, block.members].reshape(*score.shape[:2], 1)
         score[:, :, :before] += slopes * distance.astype(q.dtype)
     score[:, :, :before][..., -distance > band.right] = 0.0
-    score[~np.isfinite(score)] = 0.0  # an infinite score decides for itself
+    # A key of score -inf counts for nothing: what else the row sees decides. NaN and +inf decide for themselves.
+    np.nan_to_num(score, copy=False, nan=0.0, posinf=0.0, neginf=np.finfo(score.dtype).min / 2)
     return score
 
 
@@ -635,7 +641,7 @@ def narrow(x: Array, out: Array) -> None:
 @lru_cache
 def _exp2_is_faster() -> bool:
     """Whether NumPy's float32 exp2 is vectorised: with AVX-512 on Linux. exp is, with much less."""
-    found = np.show_config(mode="dicts")["SIMD Extensions"]
+    found = np.show_config(mode="dicts").get("SIMD Extensions", {})
     return sys.platform == "linux" and not {"AVX512_SKX", "X86_V4"}.isdisjoint(found.get("found", ()))
 
 
@@ -643,14 +649,17 @@ def _exp2_is_faster() -> bool:
 
 
 def _thread_count(problem: Problem) -> int:
-    """Threads for this call: $ANYATTN_THREADS, else $OMP_NUM_THREADS, else the cores this process may use."""
+    """Threads for this call: $ANYATTN_THREADS, else $OMP_NUM_THREADS, else the cores this process may use.
+
+    One where NumPy has no OpenBLAS: then its own threads do the work.
+    """
     rows = problem.total_q or problem.batch * problem.seqlen_q
     scores = problem.heads * rows * min(problem.seqlen_k, problem.left + problem.right + 1)
     if scores * (problem.head_dim + problem.head_dim_v) < _SMALL or _openblas() is None:
         return 1
     for variable in ("ANYATTN_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(variable, "").partition(",")[0].strip()
-        if value.isdigit() and int(value) > 0:
+        if value.isdecimal() and int(value) > 0:
             return int(value)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -676,6 +685,7 @@ def _run(tasks: list[_Task], job: _Job) -> None:
             work()
         finally:
             tasks.clear()
+            wait(helpers)  # all of them, also where one has raised: they write to the results
             for helper in helpers:
                 helper.result()
 

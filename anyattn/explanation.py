@@ -229,6 +229,8 @@ def parse(text: str) -> tuple[Problem, str, Device | None]:
         ordinal = 0 if arch or launch.available() is None else -1
     dtype = given.get("dtype", "bfloat16" if ordinal >= 0 else "float32")
     seqlen_k, heads_kv = given.get("seqlen_k", seqlen), given.get("heads_kv", heads)
+    if min(batch, seqlen, heads, seqlen_k, heads_kv) < 0:
+        raise ValueError(f"no array has a negative size, got {text!r}")
     packing, layout = given.get("varlen", False), given.get("layout", "bshd")
 
     def view(rows: int, heads: int, columns: int) -> View:

@@ -433,6 +433,11 @@ def _common(
     _check_alignment(q=q, k=k, v=v)
     head_dim = q.shape[-1]
     left, right = _window(options.window, _flag("causal", options.causal), seqlen_q, seqlen_k)
+    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else _finite("scale", options.scale)
+    softcap = _softcap(options.softcap)
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if q.dtype != "float64" and abs(x) > _FLOAT32_MAX:
+            raise ValueError(f"{name} must be finite in float32, in which {q.dtype} arrays are computed, got {x}")
     return {
         "dtype": q.dtype,
         "device": q.device,
@@ -441,8 +446,8 @@ def _common(
         "head_dim_v": v.shape[-1],
         "left": left,
         "right": right,
-        "scale": 1.0 / math.sqrt(head_dim) if options.scale is None else _finite("scale", options.scale),
-        "softcap": _softcap(options.softcap),
+        "scale": scale,
+        "softcap": softcap,
         "dropout": check_dropout(options.dropout),
         "deterministic": _flag("deterministic", options.deterministic),
         "alibi": alibi is not None,
@@ -583,6 +588,7 @@ def place(device: int) -> str:
 # The rules go by value (1 and np.True_ are True, 2.0 is 2): equal values share a cache entry.
 
 _REAL = (int, float, np.integer, np.floating)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def _layout(layout: str) -> str:

@@ -23,7 +23,9 @@ def draw(path: Path) -> Path:
         return path
     matplotlib.use("Agg")
     result = json.loads(path.read_text(encoding="utf-8"))
-    draw_it = {"grid": _grid, "library": _library, "host": _host, "memory": _memory}[result["benchmark"]]
+    draw_it = {"grid": _grid, "library": _library, "host": _host, "memory": _memory}.get(result.get("benchmark"))
+    if draw_it is None:
+        raise SystemExit(f"{path}: there is no chart of this benchmark")
     figure = draw_it(result)
     figure.savefig(path.with_suffix(".png"), dpi=120, bbox_inches="tight")
     return path.with_suffix(".png")

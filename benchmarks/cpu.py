@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seqlens", default="512,2048,8192")
-    parser.add_argument("--output", type=Path, default=common.RESULTS / "cpu.json")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of cpu.json")
     arguments = parser.parse_args()
     os.environ["ANYATTN_THREADS"] = str(arguments.threads)
 
@@ -99,10 +99,10 @@ def main() -> None:
             c["ratio"] for c in cells if c["direction"] == direction and "ratio" in c
         )
         print(f"{direction}: geometric mean of the ratios {means[direction]:.3f}")
-    meta = timing.metadata() | {"threads": arguments.threads}
+    meta = timing.metadata(gpu=False) | {"threads": arguments.threads}
     result = {"meta": meta, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "ratios": means, "cells": cells}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1, default=asdict) + "\n", encoding="utf-8")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "cpu.json").write_text(json.dumps(result, indent=1, default=asdict) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,12 @@ def main() -> None:
                 )
                 per_row = cell["peak"] / seqlen
                 print(f"{path:6} {direction:8} {seqlen:7}  {figures}, {per_row:.0f} bytes a row", flush=True)
-    result = {"benchmark": "memory", "meta": timing.metadata(), "shapes": SHAPES, "cells": cells}
+    result = {
+        "benchmark": "memory",
+        "meta": timing.metadata(arguments.paths != "cpu"),
+        "shapes": SHAPES,
+        "cells": cells,
+    }
     print(chart.draw(timing.save(arguments.out, "memory", result)))
 
 

@@ -112,6 +112,29 @@ def test_plain_progress_bar(toys: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert error.endswith("] 2/2\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("bench --seqlens 0", "'0' is not a number from 1 on"),
+        ("bench --rounds 0", "'0' is not a number from 1 on"),
+        ("bench --tokens -5", "'-5' is not a number from 1 on"),
+        ("bench --head-dims 64,300", "head dims go to 256, got 64,300"),
+        ("tune --head-dims 64,x", "'x' is not a number from 1 on"),
+    ],
+)
+def test_bad_numbers(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command.split())
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before anything is built, in one line."""
+    monkeypatch.setattr(cli, "_in_threads", None)
+    assert cli.main(["compile", "--report", f"{__file__}/report.json"]) == 1
+    assert capsys.readouterr().err.startswith("anyattn: [Errno ")
+
+
 def test_bad_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compile", "--arch", "sm_80,hopper"])

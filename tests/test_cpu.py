@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
+import types
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyattn import cpu
+import anyattn
+from anyattn import cpu, reference
 from anyattn import problem as problems
 from anyattn.problem import BackwardProblem, Options, Problem, View
 from tests import cases
@@ -150,6 +154,65 @@ def test_blas_gets_its_threads_back() -> None:
         for results in pool.map(lambda _: run(case, inputs), range(8)):
             cases.check(case, "float32", inputs, results)
     assert blas.get_threads() == before
+
+
+@pytest.mark.parametrize("own", [10, 1e2, 1e3, 1e4])
+def test_own_key_far_below_the_others(own: float) -> None:
+    """The first guess at a row's maximum, the score of the key at its own position, may be far off."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (1, 500, 500))
+    k[-1] = -own * q[0]
+    exact, exact_lse = reference.attention(q, k, v)
+    out, lse = anyattn.attention(q, k, v, backend="cpu", return_lse=True)
+    assert np.linalg.norm(out - exact) < 1e-6 * np.linalg.norm(exact)
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("factor", "own"), [(1.0, -np.inf), (1e20, -1e20)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_own_key_of_minus_infinity(dtype: str, factor: float, own: float, causal: bool) -> None:
+    """As K has it, or as float32 makes it of finite numbers."""
+    q = np.full((3, 1), factor, dtype)
+    k, v = np.array([[-800 / factor], [-801 / factor], [own]], dtype), np.array([[1], [2], [3]], dtype)
+    with np.errstate(all="ignore"):
+        exact, exact_lse = reference.attention(q, k, v, scale=1.0, causal=causal)
+    out, lse = anyattn.attention(q, k, v, scale=1.0, causal=causal, backend="cpu", return_lse=True)
+    np.testing.assert_allclose(out, exact, rtol=1e-5)
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-5)
+
+
+def test_gradients_of_few_rows_need_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many threads there are."""
+    monkeypatch.setenv("ANYATTN_THREADS", "16")
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((rows, 1, 64)).astype(np.float32) for rows in (8, 50_000, 50_000, 8))
+    out, lse = anyattn.attention(q, k, v, backend="cpu", return_lse=True)
+    tracemalloc.start()
+    gradients = anyattn.attention_backward(dout, q, k, v, out, lse, backend="cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * sum(x.nbytes for x in gradients)
+
+
+def test_a_call_that_fails_waits_for_its_threads() -> None:
+    """They write to its results."""
+    done = threading.Event()
+
+    def slow(_: Any) -> None:
+        time.sleep(0.2)
+        done.set()
+
+    def wrong(_: Any) -> None:
+        raise MemoryError
+
+    def long_enough(_: Any) -> None:
+        time.sleep(0.05)
+
+    job: Any = types.SimpleNamespace(threads=3, compute=np.dtype(np.float32))
+    with pytest.raises(MemoryError):
+        cpu._run([slow, wrong, long_enough], job)
+    assert done.is_set()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -354,6 +354,7 @@ def test_parse_where_there_is_a_gpu() -> None:
         ("1,2,3", "a call begins with four numbers, B,S,H,D, got '1,2,3'"),
         ("1,2,x,4", "a call begins with four numbers"),
         ("1,2,3,4,casual", "'casual' is not one of float16, "),
+        ("1,2,3,4,seqlen_k=-4", "no array has a negative size"),
         ("1,2,3,4,causal=1", "'causal=1' is not one of"),
         ("1,2,3,4,float8", "'float8' is not one of"),
         ("1,2,3,4,softcap", "'softcap' is not one of"),

@@ -297,6 +297,16 @@ PLAIN = Options()
             r"cu_seqlens_k: its data must be aligned to its 4-byte elements",
         ),
         (
+            lambda: self_attention(GPU, scale=-1e39),
+            ValueError,
+            r"scale must be finite in float32, in which float16 arrays are computed, got -1e\+39",
+        ),
+        (
+            lambda: self_attention(contiguous(2, 3, 5, 8, dtype="float32"), softcap=1e39),
+            ValueError,
+            r"softcap must be finite in float32, in which float32 arrays are computed, got 1e\+39",
+        ),
+        (
             lambda: self_attention(contiguous(1, 2**30, 1, 8)),
             ValueError,
             r"q: seqlen must be below 2\*\*30, got 1073741824",

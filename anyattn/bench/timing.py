@@ -138,8 +138,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 # ------------------------------------------------------------------------------------------------- machine and results
 
 
-def metadata() -> dict[str, Any]:
-    """The machine, the versions and the commit that a result belongs to."""
+def metadata(gpu: bool = True) -> dict[str, Any]:
+    """The machine, without its GPU if that had no part in it, the versions and the commit that a result belongs to."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -152,7 +152,7 @@ def metadata() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "cpu": _cpu(),
-        **_gpu(versions),
+        **(_gpu(versions) if gpu else {}),
         "versions": versions,
     }
 
