@@ -199,19 +199,19 @@ def test_a_call_that_fails_waits_for_its_threads() -> None:
     """They write to its results."""
     done = threading.Event()
 
-    def slow(_: Any) -> None:
-        time.sleep(0.2)
-        done.set()
+    def task(_: Any) -> None:
+        name = threading.current_thread().name
+        time.sleep(0.05)  # until all three have begun
+        if name.endswith("_0"):  # the helper that is asked first
+            raise MemoryError
+        if name.endswith("_1"):
+            time.sleep(0.2)
+            done.set()
 
-    def wrong(_: Any) -> None:
-        raise MemoryError
-
-    def long_enough(_: Any) -> None:
-        time.sleep(0.05)
-
+    cpu._pool.cache_clear()
     job: Any = types.SimpleNamespace(threads=3, compute=np.dtype(np.float32))
     with pytest.raises(MemoryError):
-        cpu._run([slow, wrong, long_enough], job)
+        cpu._run([task] * 3, job)
     assert done.is_set()
 
 
