@@ -26,17 +26,13 @@ MODULES = (test_gpu, test_hidden, test_hard_use, test_api)
 
 def jobs() -> Iterator[tuple[Job, str]]:
     """Of all tests of MODULES that have one, with the family of kernels that it asks for."""
-    for module in MODULES:
-        for test in vars(module).values():
-            for mark in getattr(test, "pytestmark", []):
-                if mark.name != "parametrize":
-                    continue
-                if mark.args[0] == "job":
-                    yield from ((job, "") for job in mark.args[1])
-                elif mark.args[0] == ("job", "kernels"):
-                    yield from mark.args[1]
-                elif mark.args[0] == ("case", "dtype"):
-                    yield from ((Job(case, dtype), "") for case, dtype in mark.args[1] if "gpu" in test.__name__)
+    for test in (value for module in MODULES for value in vars(module).values()):
+        marks = getattr(test, "pytestmark", [])
+        given = {mark.args[0]: mark.args[1] for mark in marks if mark.name == "parametrize"}
+        yield from ((job, "") for job in given.get("job", ()))
+        yield from given.get(("job", "kernels"), ())
+        if any(mark.name == "gpu" for mark in marks):
+            yield from ((Job(case, dtype), "") for case, dtype in given.get(("case", "dtype"), ()))
 
 
 def specs(device: Device) -> list[Spec]:
