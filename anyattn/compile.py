@@ -44,7 +44,6 @@ OLDEST_NVRTC = (12, 1)  # the first that knows red.global.add.v2.f32 (PTX ISA 8.
 _importing = threading.Lock()
 
 
-@functools.cache  # asked for with every DLPack array
 def cuda_core(module: str = "cuda.core") -> Any:
     """A module of cuda.core, which is not to be imported twice at once: the second thread sees it half made."""
     with _importing:

@@ -7,6 +7,7 @@ waits for the work that produces them.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import threading
@@ -206,16 +207,21 @@ def _gpu_view(name: str, x: Any, stream: int) -> Any:
     """A CuPy array on the memory of x, which is ready on the stream. (cupy.from_dlpack takes several times as long.)"""
     import cupy
 
-    from anyattn.compile import cuda_core
-
     try:  # DLPack calls the legacy default stream 1, CUDA 0
-        view = cuda_core("cuda.core.utils").StridedMemoryView.from_any_interface(x, stream_ptr=stream or 1)
+        view = _memory_view().from_any_interface(x, stream_ptr=stream or 1)
         dtype = np.dtype(view.dtype)
     except (BufferError, NotImplementedError, TypeError) as error:
         raise TypeError(f"{name} must be an array that CuPy can read; bfloat16 needs ml_dtypes ({error})") from None
     strides = None if view.strides is None else byte_strides(view.strides, dtype.itemsize)
     memory = cupy.cuda.UnownedMemory(view.ptr, view.size * dtype.itemsize, view, view.device_id)
     return cupy.ndarray(view.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
+@functools.cache
+def _memory_view() -> Any:
+    from anyattn.compile import cuda_core
+
+    return cuda_core("cuda.core.utils").StridedMemoryView
 
 
 def byte_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
