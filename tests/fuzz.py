@@ -316,8 +316,8 @@ def judge(trial: Trial, inputs: Inputs, results: Results, margin: float) -> bool
     try:
         check(trial.case, trial.dtype, inputs, results)
     except AssertionError:
-        case, dtype, bounds = trial.case, trial.dtype, dict.fromkeys(vars(results), 0.0)
-        found = errors(results, expected(case, inputs))
+        case, dtype, exact = trial.case, trial.dtype, expected(trial.case, inputs)
+        found, bounds = errors(results, exact), tolerances(case, dtype, inputs, exact)
         for seed in range(16):
             other = replace(trial, seed=seed).inputs()
             for name, bound in tolerances(case, dtype, other, expected(case, other)).items():
@@ -325,8 +325,10 @@ def judge(trial: Trial, inputs: Inputs, results: Results, margin: float) -> bool
         slack = dict.fromkeys(found, 0.0) | {
             name: rounding_of_scores(trial, inputs, name) for name in ("out", "dq", "dk", "dv")
         }
-        if any(found[name] > margin * bounds[name] + slack[name] for name in found):
-            raise
+        for name, error in found.items():
+            if error > margin * bounds[name] + slack[name]:
+                off = f"{name} is off by {error:.3g}, allowed {margin:g} times {bounds[name]:.3g}"
+                raise AssertionError(f"{case.name} {dtype}: {off}") from None
         return False
     return True
 

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from anyattn import cpu
 from anyattn.problem import MAX_HEAD_DIM, BackwardProblem, Problem
 from tests import fuzz
-from tests.cases import CASES, DTYPES, STRIDES, Case
+from tests.cases import CASES, DTYPES, STRIDES, Case, errors, expected, plain, tolerances
 
 
 def draws(count: int, backend: str = "cpu", libraries: tuple[str, ...] = ("numpy", "torch")) -> list[fuzz.Trial]:
@@ -110,6 +111,21 @@ def test_gradients_that_differ_from_run_to_run_are_a_failure(monkeypatch: pytest
     trial = fuzz.Trial(Case("small", seqlen_q=9, seqlen_k=9), "float32", deterministic=True)
     with pytest.raises(AssertionError, match="dv differs from run to run"):
         fuzz.run(trial)
+
+
+def test_the_margin_is_never_less_than_the_rule() -> None:
+    """Dropout takes the only key that these rows see, in 16 other draws; in this one it leaves it."""
+    case = Case("alone", batch=1, heads_kv=1, seqlen_q=187, seqlen_k=1, head_dim=143, head_dim_v=148, window=0)
+    case = replace(case, alibi="h", dropout=0.92, layout="bhsd", ndim=3)
+    trial = fuzz.Trial(case, "bfloat16", seed=980032028)
+    inputs = trial.inputs()
+    results = plain(case, inputs)
+    assert errors(results, expected(case, inputs))["dq"] > 0
+    assert fuzz.judge(trial, inputs, results, margin=1.0)
+    bound = tolerances(case, "bfloat16", inputs, expected(case, inputs))["lse"]
+    assert not fuzz.judge(trial, inputs, replace(results, lse=results.lse + 1.1 * bound), margin=2.0)
+    with pytest.raises(AssertionError, match="lse is off by"):
+        fuzz.judge(trial, inputs, replace(results, lse=results.lse + 10 * bound), margin=2.0)
 
 
 def test_the_command() -> None:
