@@ -15,8 +15,8 @@
 //       write O / l and LSE = m + log(l)
 //
 // Consumers start their products in turn, so that those of one run beside the exponentials of the other.  The maximum m
-// may lag behind, where the wait for O comes last (AHEAD: see Softmax::exponentiate_ahead); otherwise it comes amidst
-// the exponentials, and O shrinks beside those that are left.
+// may lag behind, where the wait for O comes last (AHEAD: see Softmax::exponentiate_ahead); otherwise it comes before or
+// amidst the exponentials, and O shrinks beside those that are left.
 #include "band.cuh"
 #include "dropout.cuh"
 #include "forward_row.cuh"
@@ -264,7 +264,9 @@ struct Consumer {
       softmax.raise_maximum(0, s, shrink, score.factor);
       softmax.template exponentiate<0, N>(0, 0, s, score.factor);
       softmax.raise_maximum(1, s, shrink, score.factor);
-      keep_before(softmax.l[0]);  // O shrinks beside the exponentials that are left
+      // O shrinks beside the exponentials that are left.  With three consumers in turn these are all: the products of
+      // the other two keep the tensor cores at work, and O is there soon.
+      if constexpr (CONSUMERS < 3 || !TURNS) keep_before(softmax.l[0]);
       finish_output();
       softmax.rescale(o, shrink);
       softmax.template exponentiate<N, 2 * N>(0, 0, s, score.factor);
