@@ -362,16 +362,19 @@ def _forward(job: _Job, group: _Group, part: int, parts: int, ws: _Workspace) ->
     blocks = _evenly(range(band.seqlen_q), _ROWS)[part::parts]
     if not blocks:
         return
-    # K is transposed once; V is copied tile by tile, so that the product reads it from the cache.
     seen = band.keys(range(blocks[0].start, blocks[-1].stop))
-    k = group.by_key[0][:, :, seen.start : seen.stop]
-    # An odd number of cache lines from row to row, else all rows of a tile would compete for the same cache sets.
-    k_t = ws("k_t", k.shape[0] * k.shape[1], k.shape[3] + 1, len(seen) // 32 * 32 + 48)[..., : len(seen)]
-    widen(k.swapaxes(2, 3), _unfold(k_t[:, :-1], group))
-    k_t[:, -1] = 1.0
+    k, v = (x[:, :, seen.start : seen.stop] for x in group.by_key)
+    k_rows = ws("k", k.shape[0] * k.shape[1], len(seen), k.shape[3] + 1)
+    widen(k, _unfold(k_rows[..., :-1], group))
+    k_rows[..., -1] = 1.0
+    if len(v) == 1 and v.dtype == job.compute and v.strides[3] == v.itemsize:
+        v_rows = v[0]  # as it is
+    else:
+        v_rows = ws("v", len(k_rows), *v.shape[2:])
+        widen(v, _unfold(v_rows, group))
     for rows in blocks:
         for members in job.members_at_once(rows):
-            _forward_block(job, group, members, rows, k_t, seen.start, ws)
+            _forward_block(job, group, members, rows, k_rows, v_rows, seen.start, ws)
 
 
 def _forward_block(
@@ -379,18 +382,19 @@ def _forward_block(
     group: _Group,
     members: slice,
     rows: range,
-    k_t: Array,  # [K/V heads, D + 1, keys from first_key on]
+    k_rows: Array,  # [K/V heads, keys from first_key on, D + 1]
+    v_rows: Array,  # [K/V heads, keys from first_key on, D_v]
     first_key: int,
     ws: _Workspace,
 ) -> None:
     q, out, lse = (x[:, :, members, rows.start : rows.stop] for x in group.by_query)
-    v = group.by_key[1]
-    count, (taken, height, head_dim), head_dim_v = len(k_t), q.shape[2:], v.shape[3]
+    count, (taken, height, head_dim), head_dim_v = len(k_rows), q.shape[2:], v_rows.shape[2]
     inside = not job.problem.softcap  # the shift is subtracted by the product
 
     q_tile = ws("q", count, taken, height, head_dim + 1)
     widen(q, _unfold(q_tile[..., :-1], group), job.gain)
-    shift = _score_of_a_visible_key(_Tile(job, group, members, rows, keys=range(0)), q_tile[..., :-1], ws)
+    block = _Tile(job, group, members, rows, keys=range(0))
+    shift = _score_of_a_visible_key(block, q_tile[..., :-1], k_rows[..., :-1], first_key, ws)
     q_tile[..., -1] = -shift if inside else 0.0
     total = np.zeros_like(shift)
     o = ws("o", count, taken, height, head_dim_v)
@@ -403,11 +407,9 @@ def _forward_block(
         flat = count, taken * len(some), -1  # the rows of the members, below each other
         p = ws("p", count, taken, len(some), len(keys))
         p_flat, q_flat = p.reshape(flat), q_tile[:, :, here].reshape(flat)
-        k_tile = k_t[..., keys.start - first_key : keys.stop - first_key]
-        v_tile = ws("v", count, len(keys), head_dim_v)
-        widen(v[:, :, keys.start : keys.stop], _unfold(v_tile, group))
+        k_tile, v_tile = (x[:, keys.start - first_key : keys.stop - first_key] for x in (k_rows, v_rows))
 
-        np.matmul(q_flat, k_tile, out=p_flat)
+        np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
         masked = tile.finish_scores(p, shift[:, :, here], ws)
         job.exp(p, out=p)
         row_sums = p_flat @ ones[: len(keys)]
@@ -416,7 +418,7 @@ def _forward_block(
             before = shift[:, :, here].copy()
             if inside:
                 q_flat[..., -1] = 0.0
-            np.matmul(q_flat, k_tile, out=p_flat)
+            np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
             tile.finish_scores(p, np.zeros_like(before), ws)
             highest = np.maximum(p.max(axis=-1), before)
             p -= highest[..., None]
@@ -448,21 +450,23 @@ def _forward_block(
     narrow(_unfold(o, group), out)
 
 
-def _score_of_a_visible_key(block: _Tile, q: Array, ws: _Workspace) -> Array:
-    """For each (head, member, row), the score of the key nearest to the row's own position; 0 where it is hidden."""
+def _score_of_a_visible_key(block: _Tile, q: Array, k: Array, first_key: int, ws: _Workspace) -> Array:
+    """For each (head, member, row), the score of the key nearest to the row's own position; 0 where it is hidden.
+
+    q [heads, members, rows, D] is scaled, k [heads, keys from first_key on, D] holds all keys that the rows see.
+    """
     softcap, group, rows = block.job.softcap, block.group, block.rows
-    band, k = group.band, group.by_key[0]
+    band = group.band
     score = np.zeros(q.shape[:-1], q.dtype)
     if not band.keys(rows):
         return score
     before = min(max(-(rows.start + band.offset), 0), len(rows))  # rows that stand before the first key
-    here = ws("k", len(q), len(rows) - before, q.shape[-1])
-    widen(k[:, :, rows.start + band.offset + before : rows.stop + band.offset], _unfold(here, group))
-    np.einsum("hmid,hid->hmi", q[:, :, before:], here, out=score[:, :, before:])
+    own = k[:, rows.start + band.offset + before - first_key : rows.stop + band.offset - first_key]
+    products = ws("p", *q.shape[:2], own.shape[1], q.shape[3])
+    np.multiply(q[:, :, before:], own[:, None], out=products)
+    np.matmul(products, np.ones(q.shape[3], q.dtype), out=score[:, :, before:])
     if before:
-        first = ws("k", len(q), 1, q.shape[-1])
-        widen(k[:, :, :1], _unfold(first, group))
-        np.einsum("hmid,hjd->hmi", q[:, :, :before], first, out=score[:, :, :before])
+        np.einsum("hmid,hd->hmi", q[:, :, :before], k[:, 0], out=score[:, :, :before])
     distance = np.arange(rows.start + band.offset, rows.start + band.offset + before)  # not positive
     if softcap:
         np.tanh(score, out=score)
