@@ -43,10 +43,10 @@ from anyattn.problem import UNBOUNDED, BackwardProblem, Problem
 
 Array: TypeAlias = npt.NDArray[Any]
 
-# The longest sides of a tile, and its scores: in float32 they fill a level-2 cache, or half of it (the backward pass
-# keeps two such arrays). That is as large as the products need; and the fewer steps, the less the threads wait for
-# Python's interpreter lock. So several heads share a tile, as long as what is kept of each stays small.
-_ROWS, _KEYS, _TILE = 384, 512, 1 << 18
+# The longest sides of a tile, and its scores (the backward pass keeps two arrays of half as many). That is more than a
+# level-2 cache holds, and more than the products need; but the fewer steps, the less the threads wait for Python's
+# interpreter lock. So several heads share a tile, as long as what is kept of each stays small.
+_ROWS, _KEYS, _TILE = 512, 512, 1 << 19
 _EDGE = 128  # rows of the tiles along a mask's edge
 _HEADS, _BACKWARD_HEADS = 4, 2
 _KEPT_BYTES = 1 << 24
@@ -543,7 +543,7 @@ def _backward_block(
     dout_tile[..., -1] = 0.0 if problem.dropout else -dots
     dq_sum[...] = 0.0
 
-    for some, keys in group.band.tiles(rows, min(_TILE // (count * taken * height), _KEYS)):
+    for some, keys in group.band.tiles(rows, min(_TILE // 2 // (count * taken * height), _KEYS)):
         tile = _Tile(job, group, members, some, keys)
         here = slice(some.start - rows.start, some.stop - rows.start)
         flat = count, taken * len(some), -1  # the rows of the members, below each other
