@@ -284,6 +284,21 @@ def test_memory_is_linear(
     assert peak < threads * 64 * 2**20
 
 
+def test_scratch_stays_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tile takes; not what a long sequence takes."""
+    monkeypatch.setenv("ANYATTN_THREADS", "1")
+    rng = np.random.default_rng(0)
+    short, long = (rng.standard_normal((rows, 8, 64)).astype(np.float32) for rows in (512, 16384))
+    window = {"window": 64, "backend": "cpu"}
+    anyattn.attention(short, short, short, **window)
+    tracemalloc.start()
+    out = anyattn.attention(short, short, short, **window)
+    assert tracemalloc.get_traced_memory()[1] < out.nbytes + 2**19
+    out = anyattn.attention(long, long, long, **window)
+    assert tracemalloc.get_traced_memory()[0] < out.nbytes + 2**22
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", ["long", "narrow", "grouped"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_hidden_values_do_not_leak(name: str, value: float) -> None:
