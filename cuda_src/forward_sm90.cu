@@ -15,8 +15,8 @@
 //       write O / l and LSE = m + log(l)
 //
 // Consumers start their products in turn, so that those of one run beside the exponentials of the other.  The maximum m
-// may lag behind, where the wait for O comes last (AHEAD: see Softmax::exponentiate_ahead); otherwise it comes before or
-// amidst the exponentials, and O shrinks beside those that are left.
+// may lag behind, where the wait for O comes last (AHEAD: see Softmax::exponentiate_ahead); otherwise it comes before
+// or amidst the exponentials, and O shrinks beside those that are left.
 #include "band.cuh"
 #include "dropout.cuh"
 #include "forward_row.cuh"
