@@ -379,18 +379,13 @@ def _forward(job: _Job, group: _Group, part: int, parts: int, ws: _Workspace) ->
     if not blocks:
         return
     seen = band.keys(range(blocks[0].start, blocks[-1].stop))
-    k, v = (x[:, :, seen.start : seen.stop] for x in group.by_key)
+    k = group.by_key[0][:, :, seen.start : seen.stop]
     k_rows = ws("k", k.shape[0] * k.shape[1], len(seen), k.shape[3] + 1)
     widen(k, _unfold(k_rows[..., :-1], group))
     k_rows[..., -1] = 1.0
-    if len(v) == 1 and v.dtype == job.compute and v.strides[3] == v.itemsize:
-        v_rows = v[0]  # as it is
-    else:
-        v_rows = ws("v", len(k_rows), *v.shape[2:])
-        widen(v, _unfold(v_rows, group))
     for rows in blocks:
         for members in job.members_at_once(rows):
-            _forward_block(job, group, members, rows, k_rows, v_rows, seen.start, ws)
+            _forward_block(job, group, members, rows, k_rows, seen.start, ws)
 
 
 def _forward_block(
@@ -399,12 +394,12 @@ def _forward_block(
     members: slice,
     rows: range,
     k_rows: Array,  # [K/V heads, keys from first_key on, D + 1]
-    v_rows: Array,  # [K/V heads, keys from first_key on, D_v]
     first_key: int,
     ws: _Workspace,
 ) -> None:
     q, out, lse = (x[:, :, members, rows.start : rows.stop] for x in group.by_query)
-    count, (taken, height, head_dim), head_dim_v = len(k_rows), q.shape[2:], v_rows.shape[2]
+    v = group.by_key[1]
+    count, (taken, height, head_dim), head_dim_v = len(k_rows), q.shape[2:], v.shape[3]
     inside = not job.problem.softcap  # the shift is subtracted by the product
 
     q_tile = ws("q", count, taken, height, head_dim + 1)
@@ -423,7 +418,8 @@ def _forward_block(
         flat = count, taken * len(some), -1  # the rows of the members, below each other
         p = ws("p", count, taken, len(some), len(keys))
         p_flat, q_flat = p.reshape(flat), q_tile[:, :, here].reshape(flat)
-        k_tile, v_tile = (x[:, keys.start - first_key : keys.stop - first_key] for x in (k_rows, v_rows))
+        k_tile = k_rows[:, keys.start - first_key : keys.stop - first_key]
+        v_tile = _readable(v[:, :, keys.start : keys.stop], group, ws)
 
         np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
         masked = tile.finish_scores(p, shift[:, :, here], ws)
@@ -464,6 +460,16 @@ def _forward_block(
     if job.problem.dropout:
         o *= job.kept
     narrow(_unfold(o, group), out)
+
+
+def _readable(v: Array, group: _Group, ws: _Workspace) -> Array:
+    """Rows of V as a product reads them, [K/V heads of all sequences, keys, D_v]: as they are, or widened."""
+    if len(v) == 1 and v.dtype in (np.float32, np.float64) and v.strides[3] == v.itemsize:
+        rows: Array = v[0]
+        return rows
+    tile = ws("v", v.shape[0] * v.shape[1], *v.shape[2:])
+    widen(v, _unfold(tile, group))
+    return tile
 
 
 def _score_of_a_visible_key(block: _Tile, q: Array, k: Array, first_key: int, ws: _Workspace) -> Array:
@@ -692,14 +698,16 @@ def _run(tasks: list[_Task], job: _Job) -> None:
 
         def work() -> None:
             ws = _workspace(job.compute)
-            with np.errstate(all="ignore"):  # overflow, 0 * inf and log(0) are expected and handled
-                while tasks:
-                    try:
-                        task = tasks.pop()
-                    except IndexError:  # another thread took it
-                        break
-                    task(ws)
-            ws.trim()
+            try:
+                with np.errstate(all="ignore"):  # overflow, 0 * inf and log(0) are expected and handled
+                    while tasks:
+                        try:
+                            task = tasks.pop()
+                        except IndexError:  # another thread took it
+                            return
+                        task(ws)
+            finally:
+                ws.trim()
 
         helpers = [_pool(job.threads).submit(work) for _ in range(min(job.threads, len(tasks)) - 1)]
         try:

@@ -23,7 +23,7 @@ from anyattn import cpu, reference
 from anyattn import problem as problems
 from anyattn.problem import BackwardProblem, Options, Problem, View
 from tests import cases
-from tests.cases import CASES, DTYPES, Array, Case, Inputs, Results
+from tests.cases import CASES, DTYPES, STRIDES, Array, Case, Inputs, Results
 
 
 def view(x: Array) -> View:
@@ -280,6 +280,19 @@ def test_memory_is_linear(
     tracemalloc.start()
     results = run(case, inputs)
     peak = tracemalloc.get_traced_memory()[1] - sum(x.nbytes for x in vars(results).values())
+    tracemalloc.stop()
+    assert peak < threads * 64 * 2**20
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "every_other"])
+def test_memory_of_the_forward_pass_alone(strides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same limit, where rows are widest; no product reads every other column as it is."""
+    threads = 2
+    monkeypatch.setenv("ANYATTN_THREADS", str(threads))
+    q, k, v = (STRIDES[strides](np.zeros((16384, 2, 256))) for _ in range(3))
+    tracemalloc.start()
+    out, lse = anyattn.attention(q, k, v, window=(300, 200), backend="cpu", return_lse=True)
+    peak = tracemalloc.get_traced_memory()[1] - out.nbytes - lse.nbytes
     tracemalloc.stop()
     assert peak < threads * 64 * 2**20
 
