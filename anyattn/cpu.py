@@ -4,17 +4,18 @@ Tiles of the score matrix that fit a core's cache are made by matrix products an
 matrix never exists (Dao, "FlashAttention-2", 2023, algorithms 1 and 2).
 
     forward, for a block of rows Q [m, D] of one head:      backward, for a block of rows Q, dO of one head:
-        r <- the score of one key that each row sees            dQ <- 0
-        O, l <- 0                                               for the tiles K, V of keys that some row sees:
-        for the tiles K, V of keys that some row sees:              P <- exp(Q K^T - LSE)
-            P <- exp(Q K^T - r)                                     dS <- P o (dO V^T - rowsum(dO o O))
-            l <- l + rowsum(P)                                      dQ <- dQ + dS K
-            O <- O + P V                                            dK <- dK + dS^T Q
-        O <- O / l;  LSE <- r + log(l)                              dV <- dV + P^T dO
+        O, l, r <- 0                                            dQ <- 0
+        for the tiles K, V of keys that some row sees:          for the tiles K, V of keys that some row sees:
+            P <- exp(Q K^T - r)                                     P <- exp(Q K^T - LSE)
+            l <- l + rowsum(P)                                      dS <- P o (dO V^T - rowsum(dO o O))
+            O <- O + P V                                            dQ <- dQ + dS K
+        O <- O / l;  LSE <- r + log(l)                              dK <- dK + dS^T Q
+                                                                    dV <- dV + P^T dO
 
-O / l and r + log(l) don't depend on r, so any r that keeps exp in range will do: the running maximum of the paper is
-needed only where a row of P sums beyond `_OVERFLOW`. What is subtracted from a product (r, LSE, rowsum(dO o O)) is
-subtracted inside it: the left factor carries its negative as one more column, the right factor a column of ones.
+O / l and r + log(l) don't depend on r, so any r that keeps exp in range will do. Where |Q| |K| shows that no score
+leaves that range, r stays 0; else it is the paper's running maximum, and l and O shrink as it rises. What the backward
+pass subtracts from a product (LSE, rowsum(dO o O)) is subtracted inside it: the left factor carries its negative as one
+more column, the right factor a column of ones.
 
 float16 and bfloat16 (as uint16 bit patterns) are widened tile by tile and computed in float32. With grouped queries
 the query heads that share a K/V head stand below each other in one tile.
@@ -50,7 +51,7 @@ _ROWS, _KEYS, _TILE = 512, 512, 1 << 19
 _EDGE = 128  # rows of the tiles along a mask's edge
 _HEADS, _BACKWARD_HEADS = 4, 2
 _KEPT_BYTES = 1 << 24
-_OVERFLOW = 2.0**32  # far from overflow still, even when multiplied by V
+_LARGEST_P = 2.0**32  # it and its inverse are far from the ends of float32 still, even when multiplied by V
 _SMALL = 1 << 23  # multiply-adds below which a second thread does not pay
 
 
@@ -319,12 +320,11 @@ class _Tile(NamedTuple):
     rows: range
     keys: range
 
-    def finish_scores(self, s: Array, shift: Array, ws: _Workspace, tanh: Array | None = None) -> bool:
-        """Turn products into scores minus `shift`, -inf where hidden, in place; tell whether anything may be hidden.
+    def finish_scores(self, s: Array, ws: _Workspace, tanh: Array | None = None) -> bool:
+        """Turn products of scaled Q and K into scores, -inf where hidden; tell whether anything may be hidden.
 
         Args:
-            s: the product of scaled Q and K, with `shift` subtracted already unless there is softcap.
-            shift: (K/V heads, members, rows).
+            s: the products, overwritten. Without softcap something may be subtracted from them already.
             ws: scratch.
             tanh: if given, receives tanh(x / softcap), which the derivative needs.
         """
@@ -333,7 +333,6 @@ class _Tile(NamedTuple):
             if tanh is not None:
                 np.copyto(tanh, s)
             s *= self.job.softcap
-            s -= shift[..., None]
         if self.group.slopes is not None:
             position = np.arange(self.rows.start, self.rows.stop)[:, None] + self.group.band.offset
             distance = np.abs(position - np.arange(self.keys.start, self.keys.stop)).astype(s.dtype)
@@ -379,13 +378,11 @@ def _forward(job: _Job, group: _Group, part: int, parts: int, ws: _Workspace) ->
     if not blocks:
         return
     seen = band.keys(range(blocks[0].start, blocks[-1].stop))
-    k = group.by_key[0][:, :, seen.start : seen.stop]
-    k_rows = ws("k", k.shape[0] * k.shape[1], len(seen), k.shape[3] + 1)
-    widen(k, _unfold(k_rows[..., :-1], group))
-    k_rows[..., -1] = 1.0
+    k_rows = _readable("k", group.by_key[0][:, :, seen.start : seen.stop], group, ws)
+    k_norm = _largest_norm(k_rows)
     for rows in blocks:
         for members in job.members_at_once(rows):
-            _forward_block(job, group, members, rows, k_rows, seen.start, ws)
+            _forward_block(job, group, members, rows, k_rows, k_norm, seen.start, ws)
 
 
 def _forward_block(
@@ -393,21 +390,21 @@ def _forward_block(
     group: _Group,
     members: slice,
     rows: range,
-    k_rows: Array,  # [K/V heads, keys from first_key on, D + 1]
+    k_rows: Array,  # [K/V heads, keys from first_key on, D]
+    k_norm: float,
     first_key: int,
     ws: _Workspace,
 ) -> None:
     q, out, lse = (x[:, :, members, rows.start : rows.stop] for x in group.by_query)
     v = group.by_key[1]
     count, (taken, height, head_dim), head_dim_v = len(k_rows), q.shape[2:], v.shape[3]
-    inside = not job.problem.softcap  # the shift is subtracted by the product
 
-    q_tile = ws("q", count, taken, height, head_dim + 1)
-    widen(q, _unfold(q_tile[..., :-1], group), job.gain)
-    block = _Tile(job, group, members, rows, keys=range(0))
-    shift = _score_of_a_visible_key(block, q_tile[..., :-1], k_rows[..., :-1], first_key, ws)
-    q_tile[..., -1] = -shift if inside else 0.0
-    total = np.zeros_like(shift)
+    q_tile = ws("q", count, taken, height, head_dim)
+    widen(q, _unfold(q_tile, group), job.gain)
+    bound = job.softcap or _largest_norm(q_tile) * k_norm
+    in_range = bound <= job.log(_LARGEST_P) and group.slopes is None  # not so of NaN
+    r = np.full((count, taken, height), 0.0 if in_range else np.finfo(job.compute).min / 2, job.compute)
+    total = np.zeros_like(r)
     o = ws("o", count, taken, height, head_dim_v)
     o[...] = 0.0
 
@@ -419,30 +416,19 @@ def _forward_block(
         p = ws("p", count, taken, len(some), len(keys))
         p_flat, q_flat = p.reshape(flat), q_tile[:, :, here].reshape(flat)
         k_tile = k_rows[:, keys.start - first_key : keys.stop - first_key]
-        v_tile = _readable(v[:, :, keys.start : keys.stop], group, ws)
+        v_tile = _readable("v", v[:, :, keys.start : keys.stop], group, ws)
 
         np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
-        masked = tile.finish_scores(p, shift[:, :, here], ws)
-        job.exp(p, out=p)
-        row_sums = p_flat @ ones[: len(keys)]
-        if not row_sums.max() <= _OVERFLOW:  # or NaN
-            # From the scores themselves: what is left of them beside a shift far below may be a few bits.
-            before = shift[:, :, here].copy()
-            if inside:
-                q_flat[..., -1] = 0.0
-            np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
-            tile.finish_scores(p, np.zeros_like(before), ws)
-            highest = np.maximum(p.max(axis=-1), before)
+        masked = tile.finish_scores(p, ws)
+        if not in_range:
+            highest = np.maximum(r[:, :, here], p.max(axis=-1))
             p -= highest[..., None]
-            job.exp(p, out=p)
-            row_sums = p_flat @ ones[: len(keys)]
-            shift[:, :, here] = highest
-            if inside:
-                q_tile[:, :, here, -1] = -highest
-            fall = job.exp(before - highest)
+            fall = job.exp(r[:, :, here] - highest)
             total[:, :, here] *= fall
             o[:, :, here] *= fall[..., None]
-        total[:, :, here] += row_sums.reshape(p.shape[:-1])
+            r[:, :, here] = highest
+        job.exp(p, out=p)
+        total[:, :, here] += (p_flat @ ones[: len(keys)]).reshape(p.shape[:-1])
 
         keep = tile.kept()
         if keep is not None:
@@ -454,7 +440,7 @@ def _forward_block(
                 pv[:, :, i] = p[:, :, i, j] @ v_tile[:, j]
         o[:, :, here] += pv
 
-    lse[...] = _unfold((shift + job.log(total).astype(np.float64)) / job.unit, group)
+    lse[...] = _unfold((r + job.log(total).astype(np.float64)) / job.unit, group)
     total[total == 0.0] = 1.0  # rows that see nothing: 0 / 1
     o /= total[..., None]
     if job.problem.dropout:
@@ -462,44 +448,19 @@ def _forward_block(
     narrow(_unfold(o, group), out)
 
 
-def _readable(v: Array, group: _Group, ws: _Workspace) -> Array:
-    """Rows of V as a product reads them, [K/V heads of all sequences, keys, D_v]: as they are, or widened."""
-    if len(v) == 1 and v.dtype in (np.float32, np.float64) and v.strides[3] == v.itemsize:
-        rows: Array = v[0]
+def _readable(name: str, x: Array, group: _Group, ws: _Workspace) -> Array:
+    """Rows of K or V as a product reads them, [K/V heads of all sequences, keys, D]: as they are, or widened."""
+    if len(x) == 1 and x.dtype in (np.float32, np.float64) and x.strides[3] == x.itemsize:
+        rows: Array = x[0]
         return rows
-    tile = ws("v", v.shape[0] * v.shape[1], *v.shape[2:])
-    widen(v, _unfold(tile, group))
+    tile = ws(name, x.shape[0] * x.shape[1], *x.shape[2:])
+    widen(x, _unfold(tile, group))
     return tile
 
 
-def _score_of_a_visible_key(block: _Tile, q: Array, k: Array, first_key: int, ws: _Workspace) -> Array:
-    """For each (head, member, row), the score of the key nearest to the row's own position; 0 where it is hidden.
-
-    q [heads, members, rows, D] is scaled, k [heads, keys from first_key on, D] holds all keys that the rows see.
-    """
-    softcap, group, rows = block.job.softcap, block.group, block.rows
-    band = group.band
-    score = np.zeros(q.shape[:-1], q.dtype)
-    if not band.keys(rows):
-        return score
-    before = min(max(-(rows.start + band.offset), 0), len(rows))  # rows that stand before the first key
-    own = k[:, rows.start + band.offset + before - first_key : rows.stop + band.offset - first_key]
-    products = ws("p", *q.shape[:2], own.shape[1], q.shape[3])
-    np.multiply(q[:, :, before:], own[:, None], out=products)
-    np.matmul(products, np.ones(q.shape[3], q.dtype), out=score[:, :, before:])
-    if before:
-        np.einsum("hmid,hd->hmi", q[:, :, :before], k[:, 0], out=score[:, :, :before])
-    distance = np.arange(rows.start + band.offset, rows.start + band.offset + before)  # not positive
-    if softcap:
-        np.tanh(score, out=score)
-        score *= softcap
-    if group.slopes is not None:
-        slopes = group.slopes[:, :, block.members].reshape(*score.shape[:2], 1)
-        score[:, :, :before] += slopes * distance.astype(q.dtype)
-    score[:, :, :before][..., -distance > band.right] = 0.0
-    # A key of score -inf counts for nothing: what else the row sees decides. NaN and +inf decide for themselves.
-    np.nan_to_num(score, copy=False, nan=0.0, posinf=0.0, neginf=np.finfo(score.dtype).min / 2)
-    return score
+def _largest_norm(x: Array) -> float:
+    """Of all rows, the largest Euclidean norm."""
+    return float(np.sqrt(np.einsum("...d,...d->...", x, x).max(initial=0.0)))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -579,7 +540,9 @@ def _backward_block(
         p_flat, ds_flat = p.reshape(flat), ds.reshape(flat)
         tanh = ws("tanh", *p.shape) if problem.softcap else None
         np.matmul(q_flat, k_tile.swapaxes(1, 2), out=p_flat)
-        masked = tile.finish_scores(p, shift[:, :, here], ws, tanh)
+        masked = tile.finish_scores(p, ws, tanh)
+        if tanh is not None:
+            p -= shift[:, :, here, None]
         job.exp(p, out=p)
 
         np.matmul(dout_flat, v_tile.swapaxes(1, 2), out=ds_flat)

@@ -156,9 +156,21 @@ def test_blas_gets_its_threads_back() -> None:
     assert blas.get_threads() == before
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("score", [-23.0, -22.0, 22.0, 23.0])
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_scores_at_the_end_of_the_range_of_exp(dtype: str, score: float, size: float) -> None:
+    """log(2**32) is 22.2: below, nothing is subtracted from a score."""
+    rng = np.random.default_rng(0)
+    v = (size * rng.standard_normal((300, 8))).astype(dtype)
+    q, k = np.ones((5, 1), dtype), np.full((300, 1), score, dtype)
+    out, lse = anyattn.attention(q, k, v, scale=1.0, backend="cpu", return_lse=True)
+    np.testing.assert_allclose(out, np.broadcast_to(v.mean(axis=0, dtype=np.float64), out.shape), rtol=1e-5)
+    np.testing.assert_allclose(lse, score + np.log(300), rtol=1e-6)
+
+
 @pytest.mark.parametrize("own", [10, 1e2, 1e3, 1e4])
 def test_own_key_far_below_the_others(own: float) -> None:
-    """The first guess at a row's maximum, the score of the key at its own position, may be far off."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((rows, 64)).astype(np.float32) for rows in (1, 500, 500))
     k[-1] = -own * q[0]
@@ -348,7 +360,7 @@ def test_hidden_values_do_not_leak(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("size", [30.0, 300.0])
 def test_scores_far_beyond_the_range_of_exp(size: float) -> None:
-    """Later tiles raise the maximum over and over: the running maximum of the paper takes over."""
+    """Later tiles raise the maximum over and over."""
     case = Case("rising", batch=1, seqlen_q=200, seqlen_k=2000, heads=1, heads_kv=1, causal=True)
     inputs = random_inputs(case)
     ramp = np.linspace(-size, size, case.seqlen_k, dtype=np.float32)[None, :, None, None]
