@@ -403,7 +403,8 @@ def _forward_block(
     widen(q, _unfold(q_tile, group), job.gain)
     bound = job.softcap or _largest_norm(q_tile) * k_norm
     in_range = bound <= job.log(_LARGEST_P) and group.slopes is None  # not so of NaN
-    r = np.full((count, taken, height), 0.0 if in_range else np.finfo(job.compute).min / 2, job.compute)
+    lowest = float(np.finfo(job.compute.name).min) / 2  # finite: it may be subtracted from -inf
+    r = np.full((count, taken, height), 0.0 if in_range else lowest, job.compute)
     total = np.zeros_like(r)
     o = ws("o", count, taken, height, head_dim_v)
     o[...] = 0.0
