@@ -13,9 +13,11 @@ matrix never exists (Dao, "FlashAttention-2", 2023, algorithms 1 and 2).
                                                                     dV <- dV + P^T dO
 
 O / l and r + log(l) don't depend on r, so any r that keeps exp in range will do. Where |Q| |K| shows that no score
-leaves that range, r stays 0; else it is the paper's running maximum, and l and O shrink as it rises. What the backward
-pass subtracts from a product (LSE, rowsum(dO o O)) is subtracted inside it: the left factor carries its negative as one
-more column, the right factor a column of ones.
+leaves that range, r stays 0; else it is the paper's running maximum, and l and O shrink as it rises. So it is, too,
+where rows see few keys: the LSE of a single key is its score, which log(l) would give only to the precision of 1.
+
+What the backward pass subtracts from a product (LSE, rowsum(dO o O)) is subtracted inside it: the left factor carries
+its negative as one more column, the right factor a column of ones.
 
 float16 and bfloat16 (as uint16 bit patterns) are widened tile by tile and computed in float32. With grouped queries
 the query heads that share a K/V head stand below each other in one tile.
@@ -146,6 +148,11 @@ class _Band(NamedTuple):
     @property
     def offset(self) -> int:
         return self.seqlen_k - self.seqlen_q + self.shift
+
+    @property
+    def most_keys(self) -> int:
+        """No row sees more."""
+        return min(self.seqlen_k, self.left + self.right + 1)
 
     def keys(self, rows: range) -> range:
         """The keys that some of these rows see."""
@@ -401,10 +408,11 @@ def _forward_block(
 
     q_tile = ws("q", count, taken, height, head_dim)
     widen(q, _unfold(q_tile, group), job.gain)
+    r = np.zeros((count, taken, height), job.compute)
     bound = job.softcap or _largest_norm(q_tile) * k_norm
-    in_range = bound <= job.log(_LARGEST_P) and group.slopes is None  # not so of NaN
-    lowest = float(np.finfo(job.compute.name).min) / 2  # finite: it may be subtracted from -inf
-    r = np.full((count, taken, height), 0.0 if in_range else lowest, job.compute)
+    in_range = bound <= job.log(_LARGEST_P) and group.slopes is None and group.band.most_keys >= _EDGE
+    if not in_range:  # or NaN
+        r[...] = np.finfo(r.dtype).min / 2  # not -inf: it may be subtracted from -inf
     total = np.zeros_like(r)
     o = ws("o", count, taken, height, head_dim_v)
     o[...] = 0.0
