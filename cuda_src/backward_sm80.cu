@@ -29,6 +29,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int K_STEP = Traits<Element>::K_STEP;
 constexpr int DV = (HEAD_DIM_V + Q_COLUMN_STEP - 1) / Q_COLUMN_STEP * Q_COLUMN_STEP;
 constexpr int S_ROWS = BLOCK_M / S_WARPS_M, S_KEYS = BLOCK_N / S_WARPS_N;
+constexpr int S_AT_ONCE = S_KEYS % 32 == 0 ? 32 : S_KEYS;  // keys: there are registers for no more
 constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLUMNS = DV / KV_WARPS_D;
 static_assert(BLOCK_M <= THREADS);
 static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0);
@@ -80,174 +81,277 @@ __device__ __forceinline__ void store_gradient(const T& tile, const Accum (&acc)
   for (int row = warp * 16; row < T::ROWS; row += WARPS * 16) store_rows<16, WIDTH>(tile, row, to, first + row);
 }
 
+// A block of rows of a query head.  One step goes through it; the heads of the group follow one another.
+struct Step {
+  int head, block_m;
+  unsigned stage;  // address of its buffers
+
+  __device__ __forceinline__ int first_row() const { return block_m * BLOCK_M; }
+  __device__ __forceinline__ TileQ q() const { return {stage}; }
+  __device__ __forceinline__ TileO dout() const { return {stage + TileQ::BYTES}; }
+  __device__ __forceinline__ unsigned lse() const { return stage + TileQ::BYTES + TileO::BYTES; }
+  __device__ __forceinline__ unsigned delta() const { return lse() + BLOCK_M * int(sizeof(Accum)); }
+};
+
+// A warp's part of the products.  Where it is constructed it is computed anew, and with it the addresses that depend on
+// it: there are no registers to keep those of all products, nor in one loop those of the other.
+struct Part {
+  int lane;
+  int s_row, s_key;     // of S and dP
+  int kv_key, kv_part;  // of dK and dV
+  int q_row, q_part;    // of dQ
+  bool s_active, kv_active, q_active;
+
+  __device__ __forceinline__ Part() {
+    const int thread = recompute(threadIdx.x), warp = thread / 32;
+    lane = thread % 32;
+    s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
+    kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
+    q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
+    s_active = warp < S_WARPS_M * S_WARPS_N;
+    kv_active = warp < KV_WARPS_N * KV_WARPS_D;
+    q_active = warp < Q_WARPS_M * Q_WARPS_D;
+  }
+};
+
+// A block of keys, whose dK and dV a thread block computes.
+struct KeyBlock {
+  const Params& p;
+  const Sequence& sequence;
+  const int batch, head_kv, block_n, first_key;
+  const Band band;
+  const Band::Blocks blocks;  // of rows that see some of its keys
+  Score<Accum> score;
+
+  const TileK k_smem;
+  const TileV v_smem;
+  const TileP p_smem, ds_smem;
+  const unsigned stages;
+
+  Accum dk[KV_KEYS / 16][K_COLUMNS / 8][4] = {}, dv[KV_KEYS / 16][V_COLUMNS / 8][4] = {};
+
+  __device__ __forceinline__ KeyBlock(const Params& params, const Sequence& sequence_, int batch_, int head_kv_,
+                                      int block_n_, unsigned smem)
+      : p(params),
+        sequence(sequence_),
+        batch(batch_),
+        head_kv(head_kv_),
+        block_n(block_n_),
+        first_key(block_n * BLOCK_N),
+        band(p, sequence),
+        blocks(band.row_blocks(first_key, BLOCK_N, BLOCK_M)),
+        score(p),
+        k_smem{smem},
+        v_smem{k_smem.base + TileK::BYTES},
+        p_smem{v_smem.base + TileV::BYTES},
+        ds_smem{p_smem.base + P_BYTES},
+        stages(ds_smem.base + P_BYTES) {}
+
+  __device__ __forceinline__ void run() {
+    int steps = blocks.begin < blocks.end ? (blocks.end - blocks.begin) * p.group : 0;
+    Step step{head_kv * p.group, blocks.begin, stages};
+    if (steps > 0) {
+      load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
+          k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
+      load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
+          v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head_kv), first_key);
+      load_rows(step);
+    }
+    while (steps > 0) {
+      const Part part;
+      if (whole(step)) {  // a loop of its own, without the instructions of a mask in its midst
+#pragma unroll 1
+        do take<false>(part, step, steps);
+        while (steps > 0 && whole(step));
+      } else {
+        take<true>(part, step, steps);
+      }
+    }
+
+    __syncthreads();  // K and V have served: their places take dK and dV
+    const Part part;
+    const auto dk_rows = sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, head_kv);
+    const auto dv_rows = sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, head_kv);
+    store_gradient<HEAD_DIM>(k_smem, dk, static_cast<Accum>(p.scale), dk_rows, first_key, part.kv_key,
+                             part.kv_part * K_COLUMNS, part.kv_active);
+    store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? static_cast<Accum>(p.keep_scale) : Accum(1), dv_rows, first_key,
+                               part.kv_key, part.kv_part * V_COLUMNS, part.kv_active);
+  }
+
+  // Whether all of a step's rows are there and see all of these keys.  With dropout or softcap two loops are more than
+  // there are registers for.
+  __device__ __forceinline__ bool whole(const Step& step) const {
+    return !DROPOUT && !SOFTCAP && band.whole(step.first_row(), BLOCK_M, first_key, first_key + BLOCK_N);
+  }
+
+  // The band, computed anew where that is seldom.
+  template <bool ANEW>
+  __device__ __forceinline__ Band again() const {
+    return ANEW ? Band(p, Sequence(p, recompute(batch))) : band;
+  }
+
+  __device__ __forceinline__ Step next(Step x) const {
+    if (++x.block_m == blocks.end) ++x.head, x.block_m = blocks.begin;
+    if constexpr (STAGES == 2) x.stage = 2 * stages + STAGE_BYTES - x.stage;
+    return x;
+  }
+
+  __device__ __forceinline__ void load_rows(const Step& x) const {
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
+        x.q(), sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, x.head), x.first_row());
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
+        x.dout(), sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, x.head), x.first_row());
+    if (const int i = threadIdx.x; i < BLOCK_M) {
+      const int row = x.first_row() + i, byte = i * int(sizeof(Accum));
+      const bool inside = row < sequence.seqlen_q;
+      copy_async<sizeof(Accum)>(
+          x.lse() + byte, static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, x.head) + row * p.lse_row, inside);
+      copy_async<sizeof(Accum)>(x.delta() + byte,
+                                static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, x.head) + row, inside);
+    }
+    copy_async_commit();
+  }
+
+  // One step, and on to the next one.
+  template <bool MASKED>
+  __device__ __forceinline__ void take(const Part& part, Step& step, int& steps) {
+    copy_async_wait<0>();
+    __syncthreads();  // Q, dO, LSE and delta are here, and everyone is done with the previous P and dS
+    if (STAGES == 2 && steps > 1) load_rows(next(step));
+
+    bool spoilt = false;  // whether a hidden entry may be, or meet, something that isn't finite
+    if (part.s_active) {
+#pragma unroll
+      for (int i = 0; i < S_KEYS; i += S_AT_ONCE) spoilt |= store_probs<MASKED>(part, step, part.s_key + i);
+    }
+    if constexpr (!MASKED) {
+      __syncthreads();  // P and dS are here
+      add_shares<false>(step);
+    } else if (!__syncthreads_or(spoilt)) {
+      add_shares<false>(step);
+    } else {
+      add_shares<true>(step);
+    }
+    --steps, step = next(step);
+    if (STAGES == 1 && steps > 0) {
+      __syncthreads();  // everyone is done with Q and dO
+      load_rows(step);
+    }
+  }
+
+  // P and dS of this warp's rows and S_AT_ONCE keys, to shared memory.  Returns whether a hidden entry may be, or meet,
+  // something that isn't finite.
+  template <bool MASKED>
+  __device__ __forceinline__ bool store_probs(const Part& part, const Step& step, int s_key) {
+    constexpr int M = S_ROWS / 16, N = S_AT_ONCE / 8;
+    const int first_row = step.first_row();
+    const int row0 = first_row + part.s_row + part.lane / 4,
+              key0 = first_key + s_key + part.lane % 4 * 2;  // of its first entry
+    bool spoilt = false;
+    Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_AT_ONCE]
+    gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(step.q(), part.s_row),
+                              SharedOperand<Side::B, Major::K, S_AT_ONCE, TileK>(k_smem, s_key));
+    const Band band = again<MASKED>();
+    score.select(p, band, batch, step.head);
+    if constexpr (MASKED) spoilt |= any_non_finite(s);
+    score.apply(s, row0, key0);
+    if constexpr (MASKED) band.mask(s, row0, key0);
+    gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(step.dout(), part.s_row),
+                               SharedOperand<Side::B, Major::K, S_AT_ONCE, TileV>(v_smem, s_key));
+    if constexpr (MASKED) spoilt |= any_non_finite(dp);
+
+    // Rows past the end, and rows that see nothing, get an LSE of +inf: their P is 0.
+    Accum lse_rmem[M][2], delta_rmem[M][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      const int byte = (part.s_row + 8 * i + part.lane / 4) * int(sizeof(Accum));
+      Accum &lse = lse_rmem[i / 2][i % 2], &delta = delta_rmem[i / 2][i % 2];
+      load_shared(lse, step.lse() + byte);
+      load_shared(delta, step.delta() + byte);
+      if constexpr (MASKED) spoilt |= !(lse < -minus_infinity<Accum>()) || !is_finite(delta);
+      const bool absent = lse == minus_infinity<Accum>() || (MASKED && row0 + 8 * i >= sequence.seqlen_q);
+      lse = absent ? -minus_infinity<Accum>() : lse * static_cast<Accum>(LOG2E);
+    }
+    const Accum keep_scale = static_cast<Accum>(p.keep_scale);
+    const Dropout dropout(p, batch, step.head);
+#pragma unroll
+    for (int i = 0; i < M * N;
+         ++i) {  // S -> dropout(P), dP -> dS, four entries at a time: rows r, r + 8 and keys c, c + 8
+      const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
+      bool keep[4] = {true, true, true, true};
+      if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
+        Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
+        const Accum prob = exp2_fast(x * score.factor - lse_rmem[m][half]);
+        if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
+        y = prob * (y - delta_rmem[m][half]) * score.derivative(x, row, key);
+        x = keep[j] ? prob : 0;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < M * N * 2; ++i) {
+      const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
+      const int row = part.s_row + 16 * m + 8 * half + part.lane / 4, key = s_key + 8 * n + part.lane % 4 * 2;
+      p_smem.store_pair(row, key, s[m][n][2 * half], s[m][n][2 * half + 1]);
+      ds_smem.store_pair(row, key, dp[m][n][2 * half], dp[m][n][2 * half + 1]);
+    }
+    return spoilt;
+  }
+
+  // What this block of rows adds to dQ, dK and dV, from P and dS in shared memory; where CAREFUL without what is
+  // hidden.
+  template <bool CAREFUL>
+  __device__ __forceinline__ void add_shares(const Step& step) {
+    const Band band = again<CAREFUL>();
+    add_dq<CAREFUL>(step, band);
+    add_dk_dv<CAREFUL>(step, band);
+  }
+
+  template <bool CAREFUL>
+  __device__ __forceinline__ void add_dq(const Step& step, const Band& band) {
+    const Part part;
+    const int first_row = step.first_row();
+    const DqAccum dq_accum(p, sequence, step.head, step.block_m);
+    QFragments dq = {};
+    if (!CAREFUL && part.q_active)
+      gemm<Element, BLOCK_N / K_STEP>(
+          dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, part.q_row),
+          SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, part.q_part * Q_COLUMNS));
+    else if (part.q_active)
+      add_visible<false>(dq, ds_smem, part.q_row, k_smem, part.q_part * Q_COLUMNS, band, first_row, first_key);
+    const Turn turn{p.tickets + dq_accum.block, block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
+    if constexpr (DETERMINISTIC) turn.wait();
+    if (part.q_active) dq_accum.add(dq);
+    if constexpr (DETERMINISTIC) turn.pass();
+  }
+
+  template <bool CAREFUL>
+  __device__ __forceinline__ void add_dk_dv(const Step& step, const Band& band) {
+    const Part part;
+    if (!part.kv_active) return;
+    const int k_column = part.kv_part * K_COLUMNS, v_column = part.kv_part * V_COLUMNS;
+    if constexpr (CAREFUL) {
+      add_visible<true>(dv, p_smem, part.kv_key, step.dout(), v_column, band, step.first_row(), first_key);
+      add_visible<true>(dk, ds_smem, part.kv_key, step.q(), k_column, band, step.first_row(), first_key);
+    } else {
+      constexpr int STEPS = BLOCK_M / K_STEP;
+      gemm<Element, STEPS>(dv, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(p_smem, part.kv_key),
+                           SharedOperand<Side::B, Major::MN, V_COLUMNS, TileO>(step.dout(), v_column));
+      gemm<Element, STEPS>(dk, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(ds_smem, part.kv_key),
+                           SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(step.q(), k_column));
+    }
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) backward_sm80(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const unsigned smem = shared_address(shared);
-  const TileK k_smem{smem};
-  const TileV v_smem{k_smem.base + TileK::BYTES};
-  const TileP p_smem{v_smem.base + TileV::BYTES}, ds_smem{p_smem.base + P_BYTES};
-  const unsigned stages = ds_smem.base + P_BYTES;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-
   // Earlier keys are seen by more rows under a causal mask, and a turn waits only for earlier blocks, which the
   // hardware starts first: ascending order serves both.
   const int block_n = blockIdx.x % p.key_blocks;
   const int head_kv = blockIdx.x / p.key_blocks % p.heads_kv, batch = blockIdx.x / p.key_blocks / p.heads_kv;
   const Sequence sequence(p, batch);
-  const int first_key = block_n * BLOCK_N;
-  if (first_key >= sequence.seqlen_k) return;
-
-  const Band band(p, sequence);
-  const Band::Blocks blocks = band.row_blocks(first_key, BLOCK_N, BLOCK_M);
-  Score<Accum> score(p);
-  const Accum scale = static_cast<Accum>(p.scale), keep_scale = static_cast<Accum>(p.keep_scale);
-  const int s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
-  const int kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
-  const int q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
-  const bool s_active = warp < S_WARPS_M * S_WARPS_N, kv_active = warp < KV_WARPS_N * KV_WARPS_D,
-             q_active = warp < Q_WARPS_M * Q_WARPS_D;
-
-  // One step is a block of rows of a head; the heads of the group follow one another.
-  struct Step {
-    int head, block_m;
-    unsigned stage;  // address of its buffers
-  };
-  Step step{head_kv * p.group, blocks.begin, stages};
-  const auto next = [&](Step x) {
-    if (++x.block_m == blocks.end) ++x.head, x.block_m = blocks.begin;
-    if constexpr (STAGES == 2) x.stage = 2 * stages + STAGE_BYTES - x.stage;
-    return x;
-  };
-  const auto load_rows = [&](const Step& x) {
-    const int first_row = x.block_m * BLOCK_M;
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
-        TileQ{x.stage}, sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, x.head), first_row);
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
-        TileO{x.stage + TileQ::BYTES}, sequence.rows_q(static_cast<const Element*>(p.dout), p.dout_strides, x.head),
-        first_row);
-    if (const int i = threadIdx.x; i < BLOCK_M) {
-      const int row = first_row + i;
-      const unsigned to = x.stage + TileQ::BYTES + TileO::BYTES + i * int(sizeof(Accum));
-      const bool inside = row < sequence.seqlen_q;
-      copy_async<sizeof(Accum)>(to, static_cast<const Accum*>(p.lse) + sequence.lse_offset(p, x.head) + row * p.lse_row,
-                                inside);
-      copy_async<sizeof(Accum)>(to + BLOCK_M * int(sizeof(Accum)),
-                                static_cast<const Accum*>(p.delta) + sequence.workspace_row(p, x.head) + row, inside);
-    }
-    copy_async_commit();
-  };
-
-  Accum dk[KV_KEYS / 16][K_COLUMNS / 8][4] = {}, dv[KV_KEYS / 16][V_COLUMNS / 8][4] = {};
-  int steps = blocks.begin < blocks.end ? (blocks.end - blocks.begin) * p.group : 0;
-  if (steps > 0) {
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
-        k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
-        v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, head_kv), first_key);
-    load_rows(step);
-  }
-  for (; steps > 0; --steps, step = next(step)) {
-    const int first_row = step.block_m * BLOCK_M;
-    const TileQ q_smem{step.stage};
-    const TileO dout_smem{step.stage + TileQ::BYTES};
-    copy_async_wait<0>();
-    __syncthreads();  // Q, dO, LSE and delta are here, and everyone is done with the previous P and dS
-    if (STAGES == 2 && steps > 1) load_rows(next(step));
-
-    const bool masked = !band.whole(first_row, BLOCK_M, first_key, first_key + BLOCK_N);
-    bool spoilt = false;  // whether a hidden entry may be, or meet, something that isn't finite
-    if (s_active) {
-      constexpr int M = S_ROWS / 16, N = S_KEYS / 8;
-      const int row0 = first_row + s_row + lane / 4,
-                key0 = first_key + s_key + lane % 4 * 2;  // of this lane's first entry
-      Accum s[M][N][4] = {}, dp[M][N][4] = {};            // [S_ROWS, S_KEYS]
-      gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(q_smem, s_row),
-                                SharedOperand<Side::B, Major::K, S_KEYS, TileK>(k_smem, s_key));
-      score.select(p, band, batch, step.head);
-      if (masked) spoilt |= any_non_finite(s);
-      score.apply(s, row0, key0);
-      if (masked) band.mask(s, row0, key0);
-      gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(dout_smem, s_row),
-                                 SharedOperand<Side::B, Major::K, S_KEYS, TileV>(v_smem, s_key));
-      if (masked) spoilt |= any_non_finite(dp);
-
-      // Rows past the end, and rows that see nothing, get an LSE of +inf: their P is 0.
-      Accum lse_rmem[M][2], delta_rmem[M][2];
-#pragma unroll
-      for (int i = 0; i < 2 * M; ++i) {
-        const unsigned from =
-            step.stage + TileQ::BYTES + TileO::BYTES + (s_row + 8 * i + lane / 4) * int(sizeof(Accum));
-        Accum& lse = lse_rmem[i / 2][i % 2];
-        load_shared(lse, from);
-        load_shared(delta_rmem[i / 2][i % 2], from + BLOCK_M * int(sizeof(Accum)));
-        if (masked) spoilt |= !(lse < -minus_infinity<Accum>()) || !is_finite(delta_rmem[i / 2][i % 2]);
-        const bool absent = lse == minus_infinity<Accum>() || row0 + 8 * i >= sequence.seqlen_q;
-        lse = absent ? -minus_infinity<Accum>() : lse * static_cast<Accum>(LOG2E);
-      }
-      const Dropout dropout(p, batch, step.head);
-#pragma unroll
-      for (int i = 0; i < M * N;
-           ++i) {  // S -> dropout(P), dP -> dS, four entries at a time: rows r, r + 8 and keys c, c + 8
-        const int m = i / N, n = i % N / 2 * 2, odd = i % 2;
-        bool keep[4] = {true, true, true, true};
-        if constexpr (DROPOUT) dropout.keep(keep, row0 + 16 * m, key0 + 8 * n + odd);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int half = j / 2, row = row0 + 16 * m + 8 * half, key = key0 + 8 * (n + j % 2) + odd;
-          Accum &x = s[m][n + j % 2][2 * half + odd], &y = dp[m][n + j % 2][2 * half + odd];
-          const Accum prob = exp2_fast(x * score.factor - lse_rmem[m][half]);
-          if constexpr (DROPOUT) y = keep[j] ? y * keep_scale : 0;
-          y = prob * (y - delta_rmem[m][half]) * score.derivative(x, row, key);
-          x = keep[j] ? prob : 0;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < M * N * 2; ++i) {
-        const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
-        const int row = s_row + 16 * m + 8 * half + lane / 4, key = s_key + 8 * n + lane % 4 * 2;
-        p_smem.store_pair(row, key, s[m][n][2 * half], s[m][n][2 * half + 1]);
-        ds_smem.store_pair(row, key, dp[m][n][2 * half], dp[m][n][2 * half + 1]);
-      }
-    }
-    bool careful = false;
-    if (masked)
-      careful = __syncthreads_or(spoilt);  // P and dS are here
-    else
-      __syncthreads();
-
-    const DqAccum dq_accum(p, sequence, step.head, step.block_m);
-    QFragments dq = {};
-    if (q_active && !careful)
-      gemm<Element, BLOCK_N / K_STEP>(dq, SharedOperand<Side::A, Major::K, Q_ROWS, TileP>(ds_smem, q_row),
-                                      SharedOperand<Side::B, Major::MN, Q_COLUMNS, TileK>(k_smem, q_part * Q_COLUMNS));
-    else if (q_active)
-      add_visible<false>(dq, ds_smem, q_row, k_smem, q_part * Q_COLUMNS, band, first_row, first_key);
-    const Turn turn{p.tickets + dq_accum.block, block_n - band.key_blocks(first_row, BLOCK_M, BLOCK_N).begin};
-    if constexpr (DETERMINISTIC) turn.wait();
-    if (q_active) dq_accum.add(dq);
-    if constexpr (DETERMINISTIC) turn.pass();
-
-    if (kv_active && !careful) {
-      constexpr int STEPS = BLOCK_M / K_STEP;
-      gemm<Element, STEPS>(dv, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(p_smem, kv_key),
-                           SharedOperand<Side::B, Major::MN, V_COLUMNS, TileO>(dout_smem, kv_part * V_COLUMNS));
-      gemm<Element, STEPS>(dk, SharedOperand<Side::A, Major::MN, KV_KEYS, TileP>(ds_smem, kv_key),
-                           SharedOperand<Side::B, Major::MN, K_COLUMNS, TileQ>(q_smem, kv_part * K_COLUMNS));
-    } else if (kv_active) {
-      add_visible<true>(dv, p_smem, kv_key, dout_smem, kv_part * V_COLUMNS, band, first_row, first_key);
-      add_visible<true>(dk, ds_smem, kv_key, q_smem, kv_part * K_COLUMNS, band, first_row, first_key);
-    }
-
-    if (STAGES == 1 && steps > 1) {
-      __syncthreads();  // everyone is done with Q and dO
-      load_rows(next(step));
-    }
-  }
-
-  __syncthreads();  // K and V have served: their places take dK and dV
-  const auto dk_rows = sequence.rows_k(static_cast<Element*>(p.dk), p.dk_strides, head_kv);
-  const auto dv_rows = sequence.rows_k(static_cast<Element*>(p.dv), p.dv_strides, head_kv);
-  store_gradient<HEAD_DIM>(k_smem, dk, scale, dk_rows, first_key, kv_key, kv_part * K_COLUMNS, kv_active);
-  store_gradient<HEAD_DIM_V>(v_smem, dv, DROPOUT ? keep_scale : Accum(1), dv_rows, first_key, kv_key,
-                             kv_part * V_COLUMNS, kv_active);
+  if (block_n * BLOCK_N < sequence.seqlen_k)
+    KeyBlock(p, sequence, batch, head_kv, block_n, shared_address(shared)).run();
 }
