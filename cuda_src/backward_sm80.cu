@@ -31,6 +31,9 @@ constexpr int DV = (HEAD_DIM_V + Q_COLUMN_STEP - 1) / Q_COLUMN_STEP * Q_COLUMN_S
 constexpr int S_ROWS = BLOCK_M / S_WARPS_M, S_KEYS = BLOCK_N / S_WARPS_N;
 constexpr int S_AT_ONCE = S_KEYS % 32 == 0 ? 32 : S_KEYS;  // keys: there are registers for no more
 constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLUMNS = DV / KV_WARPS_D;
+// Blocks that are seen whole have a loop of their own, where the compiler finds the registers for two.
+constexpr bool TWO_LOOPS = !DROPOUT && !SOFTCAP &&
+                           (__CUDA_ARCH__ == 900 || (__CUDA_ARCH__ < 900 && !(sizeof(Element) == 4 && HEAD_DIM > 128)));
 static_assert(BLOCK_M <= THREADS);
 static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0);
 static_assert(S_WARPS_M * S_WARPS_N <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS);
@@ -178,16 +181,15 @@ struct KeyBlock {
                                part.kv_key, part.kv_part * V_COLUMNS, part.kv_active);
   }
 
-  // Whether all of a step's rows are there and see all of these keys.  With dropout or softcap two loops are more than
-  // there are registers for.
+  // Whether all of a step's rows are there and see all of these keys, and the loop for it exists.
   __device__ __forceinline__ bool whole(const Step& step) const {
-    return !DROPOUT && !SOFTCAP && band.whole(step.first_row(), BLOCK_M, first_key, first_key + BLOCK_N);
+    return TWO_LOOPS && band.whole(step.first_row(), BLOCK_M, first_key, first_key + BLOCK_N);
   }
 
-  // The band, computed anew where that is seldom.
-  template <bool ANEW>
+  // The band; computed anew where that is SELDOM, so that the other loop does not keep it in registers.
+  template <bool SELDOM>
   __device__ __forceinline__ Band again() const {
-    return ANEW ? Band(p, Sequence(p, recompute(batch))) : band;
+    return SELDOM && (TWO_LOOPS || __CUDA_ARCH__ == 900) ? Band(p, Sequence(p, recompute(batch))) : band;
   }
 
   __device__ __forceinline__ Step next(Step x) const {
