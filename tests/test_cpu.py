@@ -157,10 +157,10 @@ def test_blas_gets_its_threads_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("score", [-23.0, -22.0, 22.0, 23.0])
+@pytest.mark.parametrize("score", [-1000.0, -23.0, -22.0, 22.0, 23.0, 1000.0])
 @pytest.mark.parametrize("size", [1e-25, 1e25])
 def test_scores_at_the_end_of_the_range_of_exp(dtype: str, score: float, size: float) -> None:
-    """log(2**32) is 22.2: below, nothing is subtracted from a score."""
+    """log(2**32) is 22.2: below, nothing is subtracted from a score; far beyond, something must be."""
     rng = np.random.default_rng(0)
     v = (size * rng.standard_normal((300, 8))).astype(dtype)
     q, k = np.ones((5, 1), dtype), np.full((300, 1), score, dtype)
