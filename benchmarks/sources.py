@@ -56,13 +56,14 @@ def using(checkout: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A bfloat16 call: 16k tokens in all, hidden about 2048 or a number of heads, each of keys for `group` of them."""
+    """A call: 16k tokens in all, hidden about 2048 or a number of heads, each of keys for `group` of them."""
 
     direction: str
     d: int
     dv: int
     causal: bool
     seqlen: int
+    dtype: str = "bfloat16"
     group: int = 1
     heads: int | None = None
 
@@ -89,9 +90,9 @@ class Cell:
     @property
     def call(self) -> BackwardProblem:
         """Both passes."""
-        q, k, v, out = (View(0, shape, row_major(shape), "bfloat16", 0) for shape in self.shapes)
+        q, k, v, out = (View(0, shape, row_major(shape), self.dtype, 0) for shape in self.shapes)
         problem = dense(q, k, v, None, Options(causal=self.causal))
-        lse = View(0, problem.lse_shape, row_major(problem.lse_shape), "float32", 0)
+        lse = View(0, problem.lse_shape, row_major(problem.lse_shape), problem.lse_dtype, 0)
         return backward(problem, out, out, lse)
 
 
@@ -115,8 +116,10 @@ def measure(cell: Cell, checkouts: dict[str, Path], rounds: int) -> tuple[dict[s
     import torch
 
     torch.manual_seed(0)
-    q, k, v, out = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in cell.shapes)
-    dout, lse = torch.randn_like(out), torch.empty(cell.call.problem.lse_shape, device="cuda")
+    q, k, v, out = (torch.randn(shape, device="cuda", dtype=getattr(torch, cell.dtype)) for shape in cell.shapes)
+    problem = cell.call.problem
+    lse = torch.empty(problem.lse_shape, device="cuda", dtype=getattr(torch, problem.lse_dtype))
+    dout = torch.randn_like(out)
     stream = torch.cuda.current_stream().cuda_stream
     inputs = tuple(x.data_ptr() for x in (q, k, v))
     results: dict[str, list[Tensor]] = {}
@@ -125,12 +128,12 @@ def measure(cell: Cell, checkouts: dict[str, Path], rounds: int) -> tuple[dict[s
     for name, checkout in checkouts.items():
         with using(checkout):
             if cell.direction == "backward" and not calls:  # what it starts from
-                forward = launch._prepare_forward(cell.call.problem)
+                forward = launch._prepare_forward(problem)
                 tickets = torch.empty(forward.plan.workspace_bytes + 1, device="cuda", dtype=torch.uint8)
                 others = (0, 0, 0, 0, 0, tickets.data_ptr() if forward.plan.ticket_bytes else 0, 0, 0, 0, 0)
                 launch._launch(forward, *inputs, 0, out.data_ptr(), lse.data_ptr(), others, stream)
             if cell.direction == "forward":
-                prepared = launch._prepare_forward(cell.call.problem)
+                prepared = launch._prepare_forward(problem)
             else:
                 prepared = launch._prepare_backward(cell.call)
         parts = prepared.plan
@@ -155,7 +158,7 @@ def measure(cell: Cell, checkouts: dict[str, Path], rounds: int) -> tuple[dict[s
         raise SystemExit(f"{cell}: {failed}")
     first = next(iter(results.values()))
     off = {
-        name: max(float((x.float() - y.float()).abs().max()) for x, y in zip(found, first, strict=True))
+        name: max(float((x.double() - y.double()).abs().max()) for x, y in zip(found, first, strict=True))
         for name, found in results.items()
     }
     return {name: cell.flop / taken.median / 1e9 for name, taken in timings.items()}, off
@@ -167,6 +170,7 @@ def main() -> None:
     parser.add_argument("--direction", choices=("forward", "backward"), default="forward")
     parser.add_argument("--head-dims", default="64,128,256", help="comma-separated, 192/128 where V's differs")
     parser.add_argument("--seqlens", default="512,2048,16384")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="bfloat16")
     parser.add_argument("--group", type=int, default=1, help="heads for each head of keys")
     parser.add_argument("--heads", type=int, help="default: hidden 2048")
     parser.add_argument("--rounds", type=int, default=7)
@@ -175,7 +179,7 @@ def main() -> None:
     checkouts = {path.resolve().name if str(path) == "." else str(path): path.resolve() for path in given.checkouts}
     widths = [tuple(map(int, f"{text}/{text}".split("/")[:2])) for text in given.head_dims.split(",")]
     cells = [
-        Cell(given.direction, d, dv, causal, int(seqlen), given.group, given.heads)
+        Cell(given.direction, d, dv, causal, int(seqlen), given.dtype, given.group, given.heads)
         for (d, dv), causal, seqlen in itertools.product(widths, (False, True), given.seqlens.split(","))
     ]
     device = launch.device(0)
@@ -185,13 +189,13 @@ def main() -> None:
             built.result()
 
     result: dict[str, Any] = {"benchmark": "sources", "direction": given.direction, "meta": timing.metadata()}
-    result["cells"] = {}
+    result |= {"dtype": given.dtype, "cells": {}}
     ratios: dict[str, list[float]] = {name: [] for name in checkouts}
     for cell in cells:
         tflops, off = measure(cell, checkouts, given.rounds)
         base = next(iter(tflops.values()))
         result["cells"][str(cell)] = {"tflops": tflops, "off": off}
-        figures = (f"{name} {t:.0f} ({t / base:.3f}, off {off[name]:.0e})" for name, t in tflops.items())
+        figures = (f"{name} {t:.4g} ({t / base:.3f}, off {off[name]:.0e})" for name, t in tflops.items())
         print(f"{cell!s:24}", *figures, flush=True)
         for name, t in tflops.items():
             ratios[name].append(t / base)

@@ -26,7 +26,7 @@ using Accum = Traits<Element>::Accum;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROW_WARPS = WARPS / V_PARTS, WARP_ROWS = BLOCK_M / ROW_WARPS;
 constexpr int D = (HEAD_DIM + 15) / 16 * 16, DV = (HEAD_DIM_V + 16 * V_PARTS - 1) / (16 * V_PARTS) * (16 * V_PARTS);
-constexpr int K_STEP = Traits<Element>::K_STEP;
+constexpr int K_STEP = Traits<Element>::K_STEP, STEPS = sizeof(Element) == 8 ? 2 : 1;
 constexpr int M = WARP_ROWS / 16, N = BLOCK_N / 8, N_OUT = DV / V_PARTS / 8;
 static_assert(WARPS % V_PARTS == 0 && WARP_ROWS % 16 == 0 && BLOCK_N % 16 == 0);
 
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
     load_v(first_key);
 
     Accum s[M][N][4] = {};  // [WARP_ROWS, BLOCK_N]
-    gemm<Element, D / K_STEP>(s, q_operand, k_operand);
+    gemm<Element, D / K_STEP, STEPS>(s, q_operand, k_operand);
 
     copy_async_wait<0>();
     __syncthreads();  // V is here, and everyone is done with K
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
     }
 
     const RegisterOperand<Element, M, N> p_operand{s};
-    gemm<Element, BLOCK_N / K_STEP>(o, p_operand, v_operand);
+    gemm<Element, BLOCK_N / K_STEP, STEPS>(o, p_operand, v_operand);
   }
 
   // A NaN or inf in the V of a key that only some rows see has spoilt its column in all of them: any row tells.

@@ -145,8 +145,8 @@ struct RegisterOperand {
   }
 };
 
-// acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps.
-template <class E, int K, int M, int N, class Accum, class OperandA, class OperandB>
+// acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps; STEPS of them at once, which may be 2 for doubles.
+template <class E, int K, int STEPS = 1, int M, int N, class Accum, class OperandA, class OperandB>
 __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b) {
   if constexpr (sizeof(E) == 4) {
     // Tensor cores truncate TensorFloat-32 sums as they accumulate, which is worse than float32's rounding.  So a sum
@@ -179,7 +179,6 @@ __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, c
       }
     }
   } else {
-    constexpr int STEPS = sizeof(E) == 8 ? 2 : 1;  // of one product
     static_assert(K % STEPS == 0);
 #pragma unroll
     for (int k = 0; k < K; k += STEPS) {

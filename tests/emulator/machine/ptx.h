@@ -288,28 +288,28 @@ inline void griddepcontrol_launch_dependents() {}
 
 // --- tensor cores, one warp: D (16x8) += A (16xK) B (Kx8)
 
-// In words (two 16-bit elements, a float or a double): lane 4 g + t has
+// In words (two 16-bit elements, a float or a double; K is DEPTH of them): lane 4 g + t has
 //   A  (row g, word t) (row g + 8, word t) (row g, word t + 4) (row g + 8, word t + 4);  B  (word t, column g) (word t
 //   + 4, ..) D  (row g, columns 2 t, 2 t + 1) (row g + 8, ..)
-template <int STEPS, class Accum, class Word>
+template <int DEPTH, class Accum, class Word>
 struct Mma {
   Accum d[4];
-  Word a[4 * STEPS], b[2 * STEPS];
+  Word a[DEPTH / 2], b[DEPTH / 4];
 };
-template <int PER_WORD, int STEPS = 1, class Accum, class Word, class Widen>
-inline void multiply(const char* name, const List<Accum, 4>& d, const List<const Word, 4 * STEPS>& a,
-                     const List<const Word, 2 * STEPS>& b, Widen widen) {
-  Mma<STEPS, Accum, Word> mine{{d[0], d[1], d[2], d[3]}, {}, {}};
-  for (int i = 0; i < 4 * STEPS; ++i) mine.a[i] = a[i];
-  for (int i = 0; i < 2 * STEPS; ++i) mine.b[i] = b[i];
-  collective(name, mine, [=](Mma<STEPS, Accum, Word>* const(&lanes)[LANES]) {
-    constexpr int K = 8 * PER_WORD * STEPS;
+template <int PER_WORD, int DEPTH = 8, class Accum, class Word, class Widen>
+inline void multiply(const char* name, const List<Accum, 4>& d, const List<const Word, DEPTH / 2>& a,
+                     const List<const Word, DEPTH / 4>& b, Widen widen) {
+  Mma<DEPTH, Accum, Word> mine{{d[0], d[1], d[2], d[3]}, {}, {}};
+  for (int i = 0; i < DEPTH / 2; ++i) mine.a[i] = a[i];
+  for (int i = 0; i < DEPTH / 4; ++i) mine.b[i] = b[i];
+  collective(name, mine, [=](Mma<DEPTH, Accum, Word>* const(&lanes)[LANES]) {
+    constexpr int K = DEPTH * PER_WORD;
     Accum x[16][K], y[K][8];
     for (int l = 0; l < LANES; ++l)
       for (int e = 0; e < PER_WORD; ++e) {
         const int g = l / 4, t = l % 4;
-        for (int i = 0; i < 4 * STEPS; ++i) x[g + i % 2 * 8][(t + i / 2 * 4) * PER_WORD + e] = widen(lanes[l]->a[i], e);
-        for (int i = 0; i < 2 * STEPS; ++i) y[(t + i * 4) * PER_WORD + e][g] = widen(lanes[l]->b[i], e);
+        for (int i = 0; i < DEPTH / 2; ++i) x[g + i % 2 * 8][(t + i / 2 * 4) * PER_WORD + e] = widen(lanes[l]->a[i], e);
+        for (int i = 0; i < DEPTH / 4; ++i) y[(t + i * 4) * PER_WORD + e][g] = widen(lanes[l]->b[i], e);
       }
     for (int row = 0; row < 16; ++row) {
       Accum sum[8];
@@ -339,17 +339,22 @@ inline void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(const List<float,
 template <class A, class B, class C>
 inline void mma_sync_aligned_m16n8k16_row_col_f64_f64_f64_f64(const List<double, 4>& d, const A& a, const B& b,
                                                               const C&) {
-  multiply<1, 2>("mma", d, a, b, [](double word, int) { return word; });
+  multiply<1, 16>("mma", d, a, b, [](double word, int) { return word; });
 }
-// m8n8k4: a quarter of it.
-struct MmaQuarter {
+template <class A, class B, class C>
+inline void mma_sync_aligned_m16n8k4_row_col_f64_f64_f64_f64(const List<double, 4>& d, const A& a, const B& b,
+                                                             const C&) {
+  multiply<1, 4>("mma", d, a, b, [](double word, int) { return word; });
+}
+// m8n8k4: half of it.
+struct MmaHalf {
   double d[2], a, b;
 };
 template <class C>
 inline void mma_sync_aligned_m8n8k4_row_col_f64_f64_f64_f64(const List<double, 2>& d, const List<const double, 1>& a,
                                                             const List<const double, 1>& b, const C&) {
-  MmaQuarter mine{{d[0], d[1]}, a[0], b[0]};
-  collective("mma", mine, [](MmaQuarter* const(&lanes)[LANES]) {
+  MmaHalf mine{{d[0], d[1]}, a[0], b[0]};
+  collective("mma", mine, [](MmaHalf* const(&lanes)[LANES]) {
     for (int row = 0; row < 8; ++row)
       for (int column = 0; column < 8; ++column)
         for (int k = 0; k < 4; ++k)
