@@ -69,24 +69,34 @@ def _random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> tuple[Tensor, 
 
 
 def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
-    """Forward TFLOP/s (16k tokens, hidden 2048) against `factor` times a rival's; the errors too, in float32."""
+    """TFLOP/s (16k tokens, hidden 2048) against a rival's; in float32 the errors, too.
+
+    The forward pass at head dims 64 and 128 against `factor` times the rival's, all else against once that.
+    """
     from anyattn.bench import rivals
     from anyattn.bench.suite import Cell
 
-    for head_dim in (64, 128):
+    for head_dim in (64, 128, 256):
         for causal in (False, True):
             cell = Cell(head_dim, causal, seqlen)
-            q, k, v, _ = _random(cell.shape, dtype)
+            q, k, v, dout = _random(cell.shape, dtype)
             attentions = {"anyattn": rivals.ours(), rival: rivals.sdpa(rival)}
-            calls = {name: partial(attention, q, k, v, causal) for name, attention in attentions.items()}
-            timings, failed = timing.interleaved(calls)
-            if failed:
-                raise SystemExit(f"{dtype} d{head_dim}: {failed}")
-            tflops = {name: cell.flop("forward") / taken.median / 1e9 for name, taken in timings.items()}
-            what = f"forward d{head_dim} {'causal' if causal else 'full'} S{seqlen}"
-            mine, theirs = tflops["anyattn"], tflops[rival]
-            yield Row(dtype, what, "TFLOP/s", mine, {rival: theirs}, factor * theirs, more=True)
-            timing.pause()
+            shape = f"d{head_dim} {'causal' if causal else 'full'} S{seqlen}"
+            for direction, limit in (("forward", factor if head_dim <= 128 else 1.0), ("backward", 1.0)):
+                calls: dict[str, Callable[[], object]] = {}
+                for name, attention in attentions.items():
+                    if direction == "forward":
+                        calls[name] = partial(attention, q, k, v, causal)
+                    else:
+                        calls[name] = rivals.backward_of(attention, q, k, v, dout, causal)
+                timings, failed = timing.interleaved(calls)
+                if failed:
+                    raise SystemExit(f"{dtype} d{head_dim}: {failed}")
+                tflops = {name: cell.flop(direction) / taken.median / 1e9 for name, taken in timings.items()}
+                mine, theirs = tflops["anyattn"], tflops[rival]
+                yield Row(dtype, f"{direction} {shape}", "TFLOP/s", mine, {rival: theirs}, limit * theirs, more=True)
+                timing.pause()
+            del calls  # and what the rival keeps for its backward pass
             if dtype == "float64":  # no reference is more exact
                 continue
             q, k, v = q[:1], k[:1], v[:1]
@@ -94,7 +104,7 @@ def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
             mine, theirs = (
                 rivals.relative_error(attention(q, k, v, causal), exact) for attention in attentions.values()
             )
-            yield Row(dtype, f"{what} error", "relative", mine, {rival: theirs}, theirs, more=False)
+            yield Row(dtype, f"forward {shape} error", "relative", mine, {rival: theirs}, theirs, more=False)
 
 
 SAME = 1.001  # both round at the same places; what is left is the order of the sums

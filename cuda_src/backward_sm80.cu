@@ -12,7 +12,7 @@
 //
 // P and dS go through shared memory, so each of the three kinds of product splits over the warps in the way that
 // reads least: S and dP in S_WARPS_M x S_WARPS_N parts, dK and dV in KV_WARPS_N x KV_WARPS_D, dQ in Q_WARPS_M x
-// Q_WARPS_D.
+// Q_WARPS_D.  Where S leaves half of the warps idle, they compute dP meanwhile.
 //
 // What a row does not see must not reach its dQ, nor the row the dK and dV of a key that it does not see.  Hidden
 // entries of P and dS are 0, but 0 * NaN and 0 * inf are NaN: where one of the operands isn't finite, and some entries
@@ -21,6 +21,7 @@
 #include "dq_accum.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"
+#include "ptx/barrier.cuh"
 #include "score.cuh"
 #include "sequence.cuh"
 #include "visible.cuh"
@@ -30,13 +31,16 @@ constexpr int K_STEP = Traits<Element>::K_STEP;
 constexpr int DV = (HEAD_DIM_V + Q_COLUMN_STEP - 1) / Q_COLUMN_STEP * Q_COLUMN_STEP;
 constexpr int S_ROWS = BLOCK_M / S_WARPS_M, S_KEYS = BLOCK_N / S_WARPS_N;
 constexpr int S_AT_ONCE = S_KEYS % 32 == 0 ? 32 : S_KEYS;  // keys: there are registers for no more
+constexpr int S_WARPS = S_WARPS_M * S_WARPS_N;
+// Whether other warps compute dP.  They hand it over in the place of dS, which must be as wide.
+constexpr bool DP_APART = sizeof(Element) == sizeof(Accum) && 2 * S_WARPS <= WARPS;
 constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLUMNS = DV / KV_WARPS_D;
 // Blocks that are seen whole have a loop of their own, where the compiler finds the registers for two.
 constexpr bool TWO_LOOPS = !DROPOUT && !SOFTCAP &&
                            (__CUDA_ARCH__ == 900 || (__CUDA_ARCH__ < 900 && !(sizeof(Element) == 4 && HEAD_DIM > 128)));
 static_assert(BLOCK_M <= THREADS);
 static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0);
-static_assert(S_WARPS_M * S_WARPS_N <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS);
+static_assert(S_WARPS <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS);
 
 using TileK = Tile<Element, BLOCK_N, D>;
 using TileV = Tile<Element, BLOCK_N, DV>;
@@ -103,15 +107,16 @@ struct Part {
   int s_row, s_key;     // of S and dP
   int kv_key, kv_part;  // of dK and dV
   int q_row, q_part;    // of dQ
-  bool s_active, kv_active, q_active;
+  bool s_active, dp_only, kv_active, q_active;
 
   __device__ __forceinline__ Part() {
     const int thread = recompute(threadIdx.x), warp = thread / 32;
     lane = thread % 32;
-    s_row = warp % S_WARPS_M * S_ROWS, s_key = warp / S_WARPS_M * S_KEYS;
+    s_row = warp % S_WARPS_M * S_ROWS, s_key = (DP_APART ? warp % S_WARPS : warp) / S_WARPS_M * S_KEYS;
     kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
     q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
-    s_active = warp < S_WARPS_M * S_WARPS_N;
+    s_active = warp < (DP_APART ? 2 : 1) * S_WARPS;
+    dp_only = DP_APART && warp >= S_WARPS;
     kv_active = warp < KV_WARPS_N * KV_WARPS_D;
     q_active = warp < Q_WARPS_M * Q_WARPS_D;
   }
@@ -251,6 +256,26 @@ struct KeyBlock {
               key0 = first_key + s_key + part.lane % 4 * 2;  // of its first entry
     bool spoilt = false;
     Accum s[M][N][4] = {}, dp[M][N][4] = {};  // [S_ROWS, S_AT_ONCE]
+    const auto multiply_dp = [&] {
+      gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(step.dout(), part.s_row),
+                                 SharedOperand<Side::B, Major::K, S_AT_ONCE, TileV>(v_smem, s_key));
+      if constexpr (MASKED) spoilt |= any_non_finite(dp);
+    };
+    const auto for_pairs = [&](auto move) {  // of neighbours: their place in P and dS, and among the accumulators
+#pragma unroll
+      for (int i = 0; i < M * N * 2; ++i) {
+        const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
+        const int row = part.s_row + 16 * m + 8 * half + part.lane / 4, key = s_key + 8 * n + part.lane % 4 * 2;
+        move(row, key, m, n, 2 * half);
+      }
+    };
+    if (part.dp_only) {
+      multiply_dp();
+      for_pairs(
+          [&](int row, int key, int m, int n, int i) { ds_smem.store_pair(row, key, dp[m][n][i], dp[m][n][i + 1]); });
+      named_barrier_sync(1, 64 * S_WARPS);
+      return spoilt;
+    }
     gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(step.q(), part.s_row),
                               SharedOperand<Side::B, Major::K, S_AT_ONCE, TileK>(k_smem, s_key));
     const Band band = again<MASKED>();
@@ -258,9 +283,14 @@ struct KeyBlock {
     if constexpr (MASKED) spoilt |= any_non_finite(s);
     score.apply(s, row0, key0);
     if constexpr (MASKED) band.mask(s, row0, key0);
-    gemm<Element, DV / K_STEP>(dp, SharedOperand<Side::A, Major::K, S_ROWS, TileO>(step.dout(), part.s_row),
-                               SharedOperand<Side::B, Major::K, S_AT_ONCE, TileV>(v_smem, s_key));
-    if constexpr (MASKED) spoilt |= any_non_finite(dp);
+    if constexpr (DP_APART) {
+      named_barrier_sync(1, 64 * S_WARPS);
+      for_pairs([&](int row, int key, int m, int n, int i) {
+        load_shared_pair(dp[m][n][i], dp[m][n][i + 1], ds_smem.address(row, key * int(sizeof(Element))));
+      });
+    } else {
+      multiply_dp();
+    }
 
     // Rows past the end, and rows that see nothing, get an LSE of +inf: their P is 0.
     Accum lse_rmem[M][2], delta_rmem[M][2];
@@ -292,13 +322,10 @@ struct KeyBlock {
         x = keep[j] ? prob : 0;
       }
     }
-#pragma unroll
-    for (int i = 0; i < M * N * 2; ++i) {
-      const int m = i / (2 * N), n = i / 2 % N, half = i % 2;
-      const int row = part.s_row + 16 * m + 8 * half + part.lane / 4, key = s_key + 8 * n + part.lane % 4 * 2;
-      p_smem.store_pair(row, key, s[m][n][2 * half], s[m][n][2 * half + 1]);
-      ds_smem.store_pair(row, key, dp[m][n][2 * half], dp[m][n][2 * half + 1]);
-    }
+    for_pairs([&](int row, int key, int m, int n, int i) {
+      p_smem.store_pair(row, key, s[m][n][i], s[m][n][i + 1]);
+      ds_smem.store_pair(row, key, dp[m][n][i], dp[m][n][i + 1]);
+    });
     return spoilt;
   }
 
