@@ -73,22 +73,16 @@ def wide(dtype: str, seqlen: int, rival: str, factor: float) -> Iterator[Row]:
 
     The forward pass at head dims 64 and 128 against `factor` times the rival's, all else against once that.
     """
-    from anyattn.bench import rivals
-    from anyattn.bench.suite import Cell
+    from anyattn.bench import rivals, suite
 
     for head_dim in (64, 128, 256):
         for causal in (False, True):
-            cell = Cell(head_dim, causal, seqlen)
-            q, k, v, dout = _random(cell.shape, dtype)
+            cell = suite.Cell(head_dim, causal, seqlen)
+            arrays = q, k, v, _ = _random(cell.shape, dtype)
             attentions = {"anyattn": rivals.ours(), rival: rivals.sdpa(rival)}
             shape = f"d{head_dim} {'causal' if causal else 'full'} S{seqlen}"
             for direction, limit in (("forward", factor if head_dim <= 128 else 1.0), ("backward", 1.0)):
-                calls: dict[str, Callable[[], object]] = {}
-                for name, attention in attentions.items():
-                    if direction == "forward":
-                        calls[name] = partial(attention, q, k, v, causal)
-                    else:
-                        calls[name] = rivals.backward_of(attention, q, k, v, dout, causal)
+                calls = suite.calls(direction, attentions, arrays, causal)
                 timings, failed = timing.interleaved(calls)
                 if failed:
                     raise SystemExit(f"{dtype} d{head_dim}: {failed}")

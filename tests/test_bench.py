@@ -269,6 +269,17 @@ def test_sources_of_another_checkout(tmp_path: Path) -> None:
     assert plan.forward(cell.call.problem, device) == before
 
 
+def test_sources_by_dtype() -> None:
+    from benchmarks import sources
+    from benchmarks.common import ROOT
+
+    device = Device("sm_90a", plan.SHARED_BYTES["sm_90a"])
+    for dtype, element in (("bfloat16", "bfloat16"), ("float64", "double")):
+        cell = sources.Cell("backward", 64, 64, False, 512, dtype)
+        assert cell.call.problem.dtype == dtype
+        assert {dict(spec.constants)["Element"] for spec in sources.specs(ROOT, cell, device)} == {element}
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 SMALL = ["--device", "cpu", "--head-dims", "16", "--seqlens", "128,256", "--tokens", "256", "--hidden", "32"]
