@@ -21,7 +21,6 @@
 #include "dq_accum.cuh"
 #include "dropout.cuh"
 #include "gemm.cuh"
-#include "ptx/barrier.cuh"
 #include "score.cuh"
 #include "sequence.cuh"
 #include "visible.cuh"
@@ -107,7 +106,7 @@ struct Part {
   int s_row, s_key;     // of S and dP
   int kv_key, kv_part;  // of dK and dV
   int q_row, q_part;    // of dQ
-  bool s_active, dp_only, kv_active, q_active;
+  bool s_active, dp_active, kv_active, q_active;
 
   __device__ __forceinline__ Part() {
     const int thread = recompute(threadIdx.x), warp = thread / 32;
@@ -115,8 +114,8 @@ struct Part {
     s_row = warp % S_WARPS_M * S_ROWS, s_key = (DP_APART ? warp % S_WARPS : warp) / S_WARPS_M * S_KEYS;
     kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
     q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
-    s_active = warp < (DP_APART ? 2 : 1) * S_WARPS;
-    dp_only = DP_APART && warp >= S_WARPS;
+    s_active = warp < S_WARPS;
+    dp_active = DP_APART ? !s_active && warp < 2 * S_WARPS : s_active;
     kv_active = warp < KV_WARPS_N * KV_WARPS_D;
     q_active = warp < Q_WARPS_M * Q_WARPS_D;
   }
@@ -227,7 +226,7 @@ struct KeyBlock {
     if (STAGES == 2 && steps > 1) load_rows(next(step));
 
     bool spoilt = false;  // whether a hidden entry may be, or meet, something that isn't finite
-    if (part.s_active) {
+    if (DP_APART || part.s_active) {
 #pragma unroll
       for (int i = 0; i < S_KEYS; i += S_AT_ONCE) spoilt |= store_probs<MASKED>(part, step, part.s_key + i);
     }
@@ -247,7 +246,7 @@ struct KeyBlock {
   }
 
   // P and dS of this warp's rows and S_AT_ONCE keys, to shared memory.  Returns whether a hidden entry may be, or meet,
-  // something that isn't finite.
+  // something that isn't finite.  Where DP_APART, all warps come here.
   template <bool MASKED>
   __device__ __forceinline__ bool store_probs(const Part& part, const Step& step, int s_key) {
     constexpr int M = S_ROWS / 16, N = S_AT_ONCE / 8;
@@ -269,22 +268,23 @@ struct KeyBlock {
         move(row, key, m, n, 2 * half);
       }
     };
-    if (part.dp_only) {
-      multiply_dp();
-      for_pairs(
-          [&](int row, int key, int m, int n, int i) { ds_smem.store_pair(row, key, dp[m][n][i], dp[m][n][i + 1]); });
-      named_barrier_sync(1, 64 * S_WARPS);
-      return spoilt;
+    if (!DP_APART || part.s_active) {
+      gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(step.q(), part.s_row),
+                                SharedOperand<Side::B, Major::K, S_AT_ONCE, TileK>(k_smem, s_key));
+      const Band band = again<MASKED>();
+      score.select(p, band, batch, step.head);
+      if constexpr (MASKED) spoilt |= any_non_finite(s);
+      score.apply(s, row0, key0);
+      if constexpr (MASKED) band.mask(s, row0, key0);
     }
-    gemm<Element, D / K_STEP>(s, SharedOperand<Side::A, Major::K, S_ROWS, TileQ>(step.q(), part.s_row),
-                              SharedOperand<Side::B, Major::K, S_AT_ONCE, TileK>(k_smem, s_key));
-    const Band band = again<MASKED>();
-    score.select(p, band, batch, step.head);
-    if constexpr (MASKED) spoilt |= any_non_finite(s);
-    score.apply(s, row0, key0);
-    if constexpr (MASKED) band.mask(s, row0, key0);
     if constexpr (DP_APART) {
-      named_barrier_sync(1, 64 * S_WARPS);
+      if (part.dp_active) {
+        multiply_dp();
+        for_pairs(
+            [&](int row, int key, int m, int n, int i) { ds_smem.store_pair(row, key, dp[m][n][i], dp[m][n][i + 1]); });
+      }
+      __syncthreads();  // dP is here
+      if (!part.s_active) return spoilt;
       for_pairs([&](int row, int key, int m, int n, int i) {
         load_shared_pair(dp[m][n][i], dp[m][n][i + 1], ds_smem.address(row, key * int(sizeof(Element))));
       });

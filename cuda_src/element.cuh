@@ -116,6 +116,17 @@ struct WarpExp2<double> {
   }
 };
 
+// Whether x exceeds LIMIT, a power of two.  Doubles by their high words, beside the pipe that their products take: a
+// little later, and NaN may count as more.
+template <int LIMIT>
+__device__ __forceinline__ bool exceeds(float x) {
+  return x > LIMIT;
+}
+template <int LIMIT>
+__device__ __forceinline__ bool exceeds(double x) {
+  return __double2hiint(x) > __double2hiint(LIMIT);
+}
+
 // Likewise one instruction each, for results that end in 16 bits: log2(x) and 1 / x.
 __device__ __forceinline__ float log2_fast(float x) {
   float y;

@@ -5,7 +5,7 @@
 //     for each block of BLOCK_N keys that some row sees, the last one first:
 //       S = Q K^T                      raw scores, in registers
 //       S = score(S), masked           score.cuh, band.cuh
-//       m' = max(m, rowmax(S)), P = exp(S - m')
+//       m' = max(m, rowmax(S)), P = exp(S - m')       softmax.cuh; wide elements: a number near the maximum
 //       l = exp(m - m') l + rowsum(P), O = exp(m - m') O
 //       O = O + dropout(P) V           P stays in registers
 //     write O / l and LSE = m + log(l)
@@ -57,14 +57,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const Dropout dropout(p, batch, head);
   const auto q = sequence.rows_q(static_cast<const Element*>(p.q), p.q_strides, head);
   const int head_kv = head / p.group;
+  const auto rows_k = [&](const void* pointer, const Strides& strides) {
+    const Sequence here = VARLEN ? sequence : Sequence(p, recompute(batch));
+    return here.rows_k(static_cast<const Element*>(pointer), strides, recompute(head_kv));
+  };
   const auto load_k = [&](int first) {
-    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
-        k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, recompute(head_kv)), first);
+    load_tile<COPY_BYTES, HEAD_DIM, THREADS>(k_smem, rows_k(p.k, p.k_strides), first);
     copy_async_commit();
   };
   const auto load_v = [&](int first) {
-    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(
-        v_smem, sequence.rows_k(static_cast<const Element*>(p.v), p.v_strides, recompute(head_kv)), first);
+    load_tile<COPY_BYTES, HEAD_DIM_V, THREADS>(v_smem, rows_k(p.v, p.v_strides), first);
     copy_async_commit();
   };
 
@@ -72,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const Band::Blocks blocks = band.key_blocks(first_row, BLOCK_M, BLOCK_N);
   const int row0 = first_row + warp * WARP_ROWS + lane / 4;  // of this lane's first accumulator
 
-  Softmax<Accum, M> softmax;
+  typename SoftmaxOf<Element, M>::Type softmax;
   Accum o[M][N_OUT][4] = {};  // [WARP_ROWS, DV / V_PARTS]
 
   const SharedOperand<Side::A, Major::K, WARP_ROWS, TileQ> q_operand(q_smem, warp * WARP_ROWS);
@@ -87,10 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
     const int first_key = block * BLOCK_N;
     copy_async_wait<0>();
     __syncthreads();  // K is here, and everyone is done with the previous V
-    load_v(first_key);
 
     Accum s[M][N][4] = {};  // [WARP_ROWS, BLOCK_N]
-    gemm<Element, D / K_STEP, STEPS>(s, q_operand, k_operand);
+    gemm<Element, D / K_STEP, STEPS>(s, q_operand, k_operand, [&] { load_v(first_key); });
 
     copy_async_wait<0>();
     __syncthreads();  // V is here, and everyone is done with K
@@ -135,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
     const Accum inverse = l == 0 ? 0 : static_cast<Accum>(p.keep_scale) / l;  // l is NaN if the row's scores are
     if (p.lse != nullptr && lane % 4 == 0 && part == 0 && row < sequence.seqlen_q)
       lse[row * p.lse_row] =
-          l == 0 ? minus_infinity<Accum>() : (softmax.m[m][half] * score.factor + log2(l)) * static_cast<Accum>(LN2);
+          l == 0 ? minus_infinity<Accum>() : softmax.lse2(m, half, l, score.factor) * static_cast<Accum>(LN2);
 #pragma unroll
     for (int n = 0; n < N_OUT; ++n)
       o_smem.store_pair(row - first_row, part * (DV / V_PARTS) + lane % 4 * 2 + 8 * n, o[m][n][2 * half] * inverse,

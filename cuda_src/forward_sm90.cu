@@ -258,7 +258,7 @@ struct Consumer {
       drop(next_probs, strip, block);
       pin(next_probs);
       finish_output();
-      if (moved) softmax.rescale(o, shrink);
+      if (moved) rescale(o, shrink);
       copy(next_probs);
     } else {
       softmax.raise_maximum(0, s, shrink, score.factor);
@@ -268,7 +268,7 @@ struct Consumer {
       // the other two keep the tensor cores at work, and O is there soon.
       if constexpr (CONSUMERS < 3 || !TURNS) keep_before(softmax.l[0]);
       finish_output();
-      softmax.rescale(o, shrink);
+      rescale(o, shrink);
       softmax.template exponentiate<N, 2 * N>(0, 0, s, score.factor);
       softmax.template exponentiate<0, 2 * N>(0, 1, s, score.factor);
       pack_probs(s);

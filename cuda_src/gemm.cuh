@@ -145,9 +145,16 @@ struct RegisterOperand {
   }
 };
 
+struct Nothing {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 // acc [16 M, 8 N] += A [16 M, K] B [K, 8 N], K counted in steps; STEPS of them at once, which may be 2 for doubles.
-template <class E, int K, int STEPS = 1, int M, int N, class Accum, class OperandA, class OperandB>
-__device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b) {
+// `meanwhile` is called behind the first products: what it has to do runs beside them.
+template <class E, int K, int STEPS = 1, int M, int N, class Accum, class OperandA, class OperandB,
+          class Meanwhile = Nothing>
+__device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, const OperandB& b,
+                                     const Meanwhile& meanwhile = {}) {
   if constexpr (sizeof(E) == 4) {
     // Tensor cores truncate TensorFloat-32 sums as they accumulate, which is worse than float32's rounding.  So a sum
     // is kept to GROUP steps, their small terms first (low * low is below float32's precision), and is added to acc in
@@ -177,6 +184,7 @@ __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, c
           for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += sum[i / 4][i % 4];
         }
       }
+      if (k == 0) meanwhile();
     }
   } else {
     static_assert(K % STEPS == 0);
@@ -197,6 +205,7 @@ __device__ __forceinline__ void gemm(Accum (&acc)[M][N][4], const OperandA& a, c
             mma<E>(acc[m][n], acc[m][n + 1], fragment_a[m][0].w, fragment_b[0].w);
         }
       }
+      if (k == 0) meanwhile();
     }
   }
 }

@@ -5,19 +5,34 @@
 #pragma once
 #include "element.cuh"
 
+constexpr int MAX_AHEAD = 8;  // powers of two by which a score may exceed the maximum that P is taken under
+
+// The largest of a row, from what its four lanes have.
+template <class Accum>
+__device__ __forceinline__ Accum max_of_row(Accum x) {
+  x = max(x, __shfl_xor_sync(~0u, x, 1));
+  return max(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+template <class Accum>
+__device__ __forceinline__ Accum sum_of_row(Accum x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <class Accum, int M, int N_OUT>
+__device__ __forceinline__ void rescale(Accum (&o)[M][N_OUT][4], const Accum (&shrink)[M][2]) {
+#pragma unroll
+  for (int i = 0; i < 4 * M * N_OUT; ++i) o[i / 4 % M][i / 4 / M][i % 4] *= shrink[i / 4 % M][i % 4 / 2];
+}
+
 template <class Accum, int M>
 struct Softmax {
-  WarpExp2<Accum> exp2;
   Accum m[M][2], l[M][2];  // l is this lane's share of the sum until total()
 
   __device__ __forceinline__ Softmax() {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) m[i / 2][i % 2] = minus_infinity<Accum>(), l[i / 2][i % 2] = 0;
-  }
-
-  static __device__ __forceinline__ Accum max_of_row(Accum x) {
-    x = max(x, __shfl_xor_sync(~0u, x, 1));
-    return max(x, __shfl_xor_sync(~0u, x, 2));
   }
 
   // The maximum of these scores too.  Returns whether that of any row of the warp moved: only then is `shrink` set, by
@@ -60,12 +75,6 @@ struct Softmax {
     l[0][half] *= shrink[0][half];
   }
 
-  template <int N_OUT>
-  static __device__ __forceinline__ void rescale(Accum (&o)[M][N_OUT][4], const Accum (&shrink)[M][2]) {
-#pragma unroll
-    for (int i = 0; i < 4 * M * N_OUT; ++i) o[i / 4 % M][i / 4 / M][i % 4] *= shrink[i / 4 % M][i % 4 / 2];
-  }
-
   // scores -> exp2(factor * (score - maximum)); some of a lane's columns, or all
   template <int BEGIN, int END, int N>
   __device__ __forceinline__ void exponentiate(int tile, int half, Accum (&s)[M][N][4], Accum factor) {
@@ -73,7 +82,7 @@ struct Softmax {
 #pragma unroll
     for (int j = BEGIN; j < END; ++j) {
       Accum& x = s[tile][j / 2][2 * half + j % 2];
-      x = exp2(x * factor - below);
+      x = exp2_fast(x * factor - below);
       l[tile][half] += x;
     }
   }
@@ -93,16 +102,15 @@ struct Softmax {
   }
 
   // And for the blocks behind it, without waiting for their maximum: P is taken under the maximum so far.  Only if a
-  // score of the warp exceeds that by more than AHEAD powers of two is it computed again, under the new maximum; then
-  // this returns true, and O must be multiplied by `shrink`.  Which maximum a row goes by does not matter as long as P,
-  // l and O agree on it: P is at most 2^AHEAD, with as many digits as ever.
+  // score of the warp exceeds that by more than MAX_AHEAD powers of two is it computed again, under the new maximum;
+  // then this returns true, and O must be multiplied by `shrink`.  Which maximum a row goes by does not matter as long
+  // as P, l and O agree on it: P is at most 2^MAX_AHEAD, with as many digits as ever.
   template <class E, int N>
   __device__ __forceinline__ bool exponentiate_ahead(unsigned (&p)[N / 2][4], const Accum (&s)[M][N][4],
                                                      Accum (&shrink)[M][2], Accum factor) {
-    constexpr Accum AHEAD = 8;
     Accum sum[2], top[2];
     exponentiate_packed<E>(p, s, factor, sum, top);
-    const bool exceeded = (top[0] - m[0][0]) * factor > AHEAD || (top[1] - m[0][1]) * factor > AHEAD;
+    const bool exceeded = (top[0] - m[0][0]) * factor > MAX_AHEAD || (top[1] - m[0][1]) * factor > MAX_AHEAD;
     const bool again = __any_sync(~0u, exceeded);
     if (again) {
       raise_maximum(s, shrink, factor);
@@ -132,10 +140,11 @@ struct Softmax {
   }
 
   // The whole row's sum.
-  __device__ __forceinline__ Accum total(int tile, int half) const {
-    Accum x = l[tile][half];
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
+  __device__ __forceinline__ Accum total(int tile, int half) const { return sum_of_row(l[tile][half]); }
+
+  // LSE of a row with that total, in powers of two.
+  __device__ __forceinline__ Accum lse2(int tile, int half, Accum total, Accum factor) const {
+    return m[tile][half] * factor + log2(total);
   }
 
  private:
@@ -157,4 +166,79 @@ struct Softmax {
       top[half] = max(top[half], max(x, y));
     }
   }
+};
+
+// The same for elements as wide as their accumulators, whose P is as exact under any maximum near the row's.  So a
+// whole number of powers of two stands for it, which moves only where a score exceeds it by more than MAX_AHEAD: after
+// the first blocks hardly ever.  The maximum of two doubles takes ten instructions, one of which follows the other.
+template <class Accum, int M>
+struct LazySoftmax {
+  WarpExp2<Accum> exp2;
+  Accum shift[M][2], l[M][2];  // l as above
+  unsigned unseen;             // a bit for each of the lane's rows that has seen no key yet
+
+  __device__ __forceinline__ LazySoftmax() : unseen((1u << 2 * M) - 1) {
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) shift[i / 2][i % 2] = l[i / 2][i % 2] = 0;
+  }
+
+  // Scores -> P, while l and the output accumulators move where the shift does.
+  template <int N, int N_OUT>
+  __device__ __forceinline__ void update(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
+    bool raise = unseen != 0;
+#pragma unroll
+    for (int i = 0; i < M * N * 4; ++i) {
+      Accum& x = s[i / 4 / N][i / 4 % N][i % 4];
+      x = fma(x, factor, -shift[i / 4 / N][i % 4 / 2]);
+      raise |= exceeds<MAX_AHEAD>(x);
+    }
+    if (__any_sync(~0u, raise)) raise_shift(s, o);
+#pragma unroll
+    for (int i = 0; i < M * N * 4; ++i) {
+      Accum& x = s[i / 4 / N][i / 4 % N][i % 4];
+      x = exp2(x);
+      l[i / 4 / N][i % 4 / 2] += x;
+    }
+  }
+
+  __device__ __forceinline__ Accum total(int tile, int half) const { return sum_of_row(l[tile][half]); }
+
+  __device__ __forceinline__ Accum lse2(int tile, int half, Accum total, Accum) const {
+    return shift[tile][half] + log2(total);
+  }
+
+ private:
+  template <int N, int N_OUT>
+  __device__ __forceinline__ void raise_shift(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4]) {
+    Accum shrink[M][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      const int m = i / 2, half = i % 2;
+      Accum top = s[m][0][2 * half];
+#pragma unroll
+      for (int j = 1; j < 2 * N; ++j) top = max(top, s[m][j / 2][2 * half + j % 2]);
+      top = max_of_row(top);
+      const bool first = unseen >> i & 1, sees = top > minus_infinity<Accum>();
+      const Accum up = sees && (first || top > 0) ? ceil(top) : 0;
+      shrink[m][half] = first ? 1 : exp2_fast(-up);  // exact, since `up` is whole
+      shift[m][half] += up, l[m][half] *= shrink[m][half];
+#pragma unroll
+      for (int j = 0; j < 2 * N; ++j) s[m][j / 2][2 * half + j % 2] -= up;
+      if (sees) unseen &= ~(1u << i);
+    }
+    rescale(o, shrink);
+  }
+};
+
+template <class E, int M>
+struct SoftmaxOf {
+  using Type = LazySoftmax<typename Traits<E>::Accum, M>;
+};
+template <int M>
+struct SoftmaxOf<float16, M> {
+  using Type = Softmax<float, M>;
+};
+template <int M>
+struct SoftmaxOf<bfloat16, M> {
+  using Type = Softmax<float, M>;
 };
