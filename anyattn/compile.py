@@ -19,15 +19,15 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anyattn.log import log
 
 __all__ = [
-    "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "cuda_core", "driver_problem", "nvrtc_version",
-    "serialised",
+    "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "cuda_core", "driver_problem", "kept",
+    "nvrtc_version", "serialised",
 ]  # fmt: skip
 
 # `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
@@ -54,8 +54,7 @@ class CompileError(RuntimeError):
     """A kernel could not be built; the message says why and what to install."""
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """All that tells one cubin from another.
 
     The compiled text is, in this order: the numeric constants, `prelude`, the type names, the source file.
@@ -78,8 +77,7 @@ class Spec:
         return "\n".join([*numbers, self.prelude, *types, f'#line 1 "{self.source}"', ""])
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """What one kernel takes, as ptxas reports it."""
 
     kernel: str
@@ -97,8 +95,7 @@ def serialised(warnings: list[str]) -> list[str]:
     return [line for line in warnings if re.match(r"\(C75(?!17)\d\d\)", line)]
 
 
-@dataclass(frozen=True)
-class Cubin:
+class Cubin(NamedTuple):
     path: str
     log: str  # the compiler's, which holds warnings on success too
     seconds: float  # the compiler's; 0.0 when it came from the disk
@@ -147,6 +144,22 @@ def cache_dir() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     return Path(base, "anyattn")
+
+
+def kept(name: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """parse(text), of what JSON can hold: from the disk cache, once a process has put it there."""
+    folder = cache_dir()
+    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        parsed = parse(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(parsed).encode())
+    except (OSError, TypeError) as error:
+        log.info("%s is parsed anew by every process: %s", name, error)
+    return parsed
 
 
 @functools.cache

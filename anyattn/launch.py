@@ -12,8 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,8 +60,7 @@ static_assert(sizeof(Params) == {PARAMS.itemsize});
 static_assert(sizeof(TmaParams) == {_MAPS_START + len(_MAPS) * tensormap.BYTES});"""
 
 
-@dataclass(frozen=True)
-class _Prepared:
+class _Prepared(NamedTuple):
     """A plan whose kernels are loaded: what is left to do for a call is to fill in the pointers."""
 
     plan: Plan

@@ -9,13 +9,12 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from anyattn import tensormap, wgmma
-from anyattn.compile import Spec
+from anyattn.compile import Spec, kept
 from anyattn.problem import ITEMSIZE, MAX_HEAD_DIM, UNBOUNDED, BackwardProblem, Problem
 
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
@@ -29,8 +28,7 @@ class UnsupportedError(RuntimeError):
     """No kernel takes this call on this device; the message says why."""
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What a plan needs to know of a GPU."""
 
     arch: str  # "sm_80", "sm_90a", ...
@@ -38,8 +36,7 @@ class Device:
     multiprocessors: int = 132
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """One launch. Its function is named like its source file."""
 
     spec: Spec
@@ -53,8 +50,7 @@ class Kernel:
         return self.spec.source.removesuffix(".cu")
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The launches of one call, in order, and what they share."""
 
     kernels: tuple[Kernel, ...]
@@ -97,7 +93,7 @@ def _choose(planners: Mapping[str, Callable[[_Call, Device], Plan]], call: _Call
     for family in (forced,) if forced and forced in planners else FAMILIES:
         try:
             if family in planners:
-                return replace(planners[family](call, device), refused=tuple(refused))
+                return planners[family](call, device)._replace(refused=tuple(refused))
         except UnsupportedError as error:
             refused.append((family, str(error)))
     raise UnsupportedError("; ".join(f"the {family} kernels: {reason}" for family, reason in refused))
@@ -200,8 +196,7 @@ def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:
         counters=1 if kernel.stays else 0,
         products=wgmma.functions(problem.dtype, kernel.products(tile, problem)),
     )
-    return replace(
-        _backward(bp, device, tile, main),
+    return _backward(bp, device, tile, main)._replace(
         section=_section(problem, key_blocks, device) if kernel.stays else 1,
         boxes=(("q", tile["BLOCK_M"]), ("k", tile["BLOCK_N"]), ("v", tile["BLOCK_N"]), ("dout", tile["BLOCK_M"])),
     )
@@ -260,8 +255,7 @@ def _transposed_products(tile: dict[str, Any], problem: Problem) -> list[int]:
     return [tile["BLOCK_N"] // 2, 64, 32]
 
 
-@dataclass(frozen=True)
-class _BackwardSm90:
+class _BackwardSm90(NamedTuple):
     """A main kernel of the backward pass on Hopper."""
 
     name: str
@@ -349,8 +343,7 @@ def _backward_sm80(bp: BackwardProblem, device: Device) -> Plan:
     return _backward(bp, device, tile, main)
 
 
-@dataclass(frozen=True)
-class _Main:
+class _Main(NamedTuple):
     """The main kernel of a backward pass."""
 
     name: str
@@ -456,12 +449,14 @@ SHARED_BYTES = {
 @functools.cache
 def _tiles() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """The tile table: $ANYATTN_TILES, or the package's own."""
-    import yaml
-
     path = os.environ.get("ANYATTN_TILES") or Path(__file__).with_name("tiles.yaml")
-    with open(path, encoding="utf-8") as file:
-        # libyaml's parser, where PyYAML has it: its own takes 20 ms of the first call.
-        return yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # type: ignore[no-any-return]
+    return kept("tiles", Path(path).read_text(encoding="utf-8"), _parse_tiles)  # type: ignore[no-any-return]
+
+
+def _parse_tiles(text: str) -> Any:
+    import yaml  # it and the parsing take 20 ms: only the first process needs them
+
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml's parser, where PyYAML has it
 
 
 def _candidates(kernel: str, dtype: str) -> list[dict[str, Any]]:
