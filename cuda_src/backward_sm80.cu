@@ -37,6 +37,9 @@ constexpr int KV_KEYS = BLOCK_N / KV_WARPS_N, K_COLUMNS = D / KV_WARPS_D, V_COLU
 // Blocks that are seen whole have a loop of their own, where the compiler finds the registers for two.
 constexpr bool TWO_LOOPS = !DROPOUT && !SOFTCAP &&
                            (__CUDA_ARCH__ == 900 || (__CUDA_ARCH__ < 900 && !(sizeof(Element) == 4 && HEAD_DIM > 128)));
+// Whether blocks of keys begin with different rows: where steps wait for their rows, thread blocks that all ask for the
+// same ones wait longer.  Not where sums are added in order, for which they would wait for each other.
+constexpr bool STAGGERED = STAGES == 1 && !DETERMINISTIC;
 static_assert(BLOCK_M <= THREADS);
 static_assert(S_ROWS % 16 == 0 && S_KEYS % 16 == 0 && KV_KEYS % 16 == 0);
 static_assert(S_WARPS <= WARPS && KV_WARPS_N * KV_WARPS_D <= WARPS);
@@ -156,7 +159,7 @@ struct KeyBlock {
 
   __device__ __forceinline__ void run() {
     int steps = blocks.begin < blocks.end ? (blocks.end - blocks.begin) * p.group : 0;
-    Step step{head_kv * p.group, blocks.begin, stages};
+    Step step{head_kv * p.group, first_block(), stages};
     if (steps > 0) {
       load_tile<COPY_BYTES, HEAD_DIM, THREADS>(
           k_smem, sequence.rows_k(static_cast<const Element*>(p.k), p.k_strides, head_kv), first_key);
@@ -196,8 +199,16 @@ struct KeyBlock {
     return SELDOM && (TWO_LOOPS || __CUDA_ARCH__ == 900) ? Band(p, Sequence(p, recompute(batch))) : band;
   }
 
+  __device__ __forceinline__ int first_block() const {
+    return STAGGERED ? max(blocks.begin, min(first_key / BLOCK_M, blocks.end - 1)) : blocks.begin;
+  }
+
   __device__ __forceinline__ Step next(Step x) const {
-    if (++x.block_m == blocks.end) ++x.head, x.block_m = blocks.begin;
+    if (++x.block_m == blocks.end) {
+      if constexpr (!STAGGERED) ++x.head;
+      x.block_m = blocks.begin;
+    }
+    if (STAGGERED && x.block_m == first_block()) ++x.head;
     if constexpr (STAGES == 2) x.stage = 2 * stages + STAGE_BYTES - x.stage;
     return x;
   }
