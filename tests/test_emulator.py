@@ -47,7 +47,7 @@ class Emulation:
             return self.job.specs()
 
     def run(self, seed: int = 0, sources: Path | None = None) -> Results:
-        device = replace(DEVICE, multiprocessors=self.multiprocessors)
+        device = DEVICE._replace(multiprocessors=self.multiprocessors)
         with emulated(self.timing, seed, device, self.family, sources):
             call = Call(self.job.inputs(), self.job.deterministic)
             call.forward()
@@ -127,7 +127,7 @@ def test_hidden_values(head_dim: int) -> None:
     case = replace(band, head_dim=head_dim, head_dim_v=head_dim)
 
     def compute(inputs: Inputs) -> Results:
-        with emulated(RANDOM, device=replace(DEVICE, multiprocessors=2)):
+        with emulated(RANDOM, device=DEVICE._replace(multiprocessors=2)):
             call = Call(inputs)
             call.forward()
             call.backward()

@@ -50,7 +50,7 @@ def main() -> int:
 
 def run(given: argparse.Namespace, job: Job, seed: int) -> tuple[str, bool]:
     """One line that says how it went, and whether well."""
-    inputs, device = job.inputs(), replace(DEVICE, multiprocessors=given.multiprocessors)
+    inputs, device = job.inputs(), DEVICE._replace(multiprocessors=given.multiprocessors)
     start = time.perf_counter()
     try:
         with emulated(Timing[given.timing.upper()], seed, device, given.family, given.source):
