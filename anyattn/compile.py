@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,15 +151,14 @@ def kept(name: str, text: str, parse: Callable[[str], Any]) -> Any:
     """parse(text), of what JSON can hold: from the disk cache, once a process has put it there."""
     folder = cache_dir()
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()}.json"
-    try:
+    with suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        parsed = parse(text)
+    parsed = parse(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(parsed).encode())
-    except (OSError, TypeError) as error:
-        log.info("%s is parsed anew by every process: %s", name, error)
+    except (OSError, TypeError, ValueError) as error:
+        log.info("%s will be parsed anew: %s", name, error)
     return parsed
 
 
@@ -256,9 +256,9 @@ def _compile(spec: Spec) -> tuple[bytes, str]:
     return bytes(built.code), messages.getvalue().strip("\0\n")
 
 
-# The cache holds two files an entry: KEY.json says which cubin belongs to the key and keeps the compiler's log; the
-# cubin is named by its own checksum. So processes that race write either the same bytes or different names, and the
-# JSON file, which comes last, never points at half a cubin.
+# The cache holds two files a kernel, beside those of kept(): KEY.json says which cubin belongs to the key and keeps the
+# compiler's log; the cubin is named by its own checksum. So processes that race write either the same bytes or
+# different names, and the JSON file, which comes last, never points at half a cubin.
 
 
 def _load(folder: Path, key: str) -> Cubin | None:

@@ -6,6 +6,7 @@ Pure Python: no GPU is touched, so every decision can be tested on any machine. 
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -449,14 +450,16 @@ SHARED_BYTES = {
 @functools.cache
 def _tiles() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """The tile table: $ANYATTN_TILES, or the package's own."""
-    path = os.environ.get("ANYATTN_TILES") or Path(__file__).with_name("tiles.yaml")
-    return kept("tiles", Path(path).read_text(encoding="utf-8"), _parse_tiles)  # type: ignore[no-any-return]
+    path = Path(os.environ.get("ANYATTN_TILES") or Path(__file__).with_name("tiles.yaml"))
 
+    def parse(text: str) -> Any:
+        import yaml  # it and the parsing take 20 ms, of the first process only
 
-def _parse_tiles(text: str) -> Any:
-    import yaml  # it and the parsing take 20 ms: only the first process needs them
+        stream = io.StringIO(text)
+        stream.name = str(path)  # for messages
+        return yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml's, where PyYAML has it
 
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml's parser, where PyYAML has it
+    return kept("tiles", path.read_text(encoding="utf-8"), parse)  # type: ignore[no-any-return]
 
 
 def _candidates(kernel: str, dtype: str) -> list[dict[str, Any]]:

@@ -649,7 +649,7 @@ def _backward_fake(
 def _register(name: str, inputs: str, outputs: str, kernel: Any, fake: Any, gradient: Any, context: Any = None) -> None:
     torch.library.define(name, f"({inputs}, {_ARGUMENTS}) -> ({outputs})", tags=torch.Tag.pt2_compliant_tag)
     torch.library.register_kernel(name, ["cpu", "cuda"], kernel)
-    torch.library.register_kernel(name, "meta", fake)  # register_fake would search all modules for this line's source
+    torch.library.impl(name, "Meta", fake)  # register_fake would search all modules for the source of this line
     torch.library.register_autograd(name, gradient, setup_context=context)
 
 

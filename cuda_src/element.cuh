@@ -59,6 +59,10 @@ __device__ __forceinline__ bfloat16 narrow(float x, bfloat16) {
 __device__ __forceinline__ float narrow(float x, float) { return x; }
 __device__ __forceinline__ double narrow(double x, double) { return x; }
 
+// Of numbers from 0 on, in their order as integers; those below 0 are below.
+__device__ __forceinline__ int high_word(float x) { return __float_as_int(x); }
+__device__ __forceinline__ int high_word(double x) { return __double2hiint(x); }
+
 template <class A>
 __device__ __forceinline__ bool is_finite(A x) {
   return x * 0 == 0;
@@ -87,7 +91,7 @@ __device__ __forceinline__ double exp2_fast(double x) {
   return fma(y, r, 1.0) * __hiloint2double((n + 1023) << 20, 0);
 }
 
-// The same for x that are at most a little above 0, where all lanes of a warp call it together.  For doubles
+// The same for x that are at most a few powers above 0, where all lanes of a warp call it together.  For doubles
 // 2^(n / 32) 2^r: each lane holds one of the powers 2^(i / 32) for all, which leaves a polynomial half as long.
 template <class Accum>
 struct WarpExp2 {
@@ -115,17 +119,6 @@ struct WarpExp2<double> {
     return fma(scale * r, y, scale);
   }
 };
-
-// Whether x exceeds LIMIT, a power of two.  Doubles by their high words, beside the pipe that their products take: a
-// little later, and NaN may count as more.
-template <int LIMIT>
-__device__ __forceinline__ bool exceeds(float x) {
-  return x > LIMIT;
-}
-template <int LIMIT>
-__device__ __forceinline__ bool exceeds(double x) {
-  return __double2hiint(x) > __double2hiint(LIMIT);
-}
 
 // Likewise one instruction each, for results that end in 16 bits: log2(x) and 1 / x.
 __device__ __forceinline__ float log2_fast(float x) {

@@ -170,33 +170,34 @@ struct Softmax {
 
 // The same for elements as wide as their accumulators, whose P is as exact under any maximum near the row's.  So a
 // whole number of powers of two stands for it, which moves only where a score exceeds it by more than MAX_AHEAD: after
-// the first blocks hardly ever.  The maximum of two doubles takes ten instructions, one of which follows the other.
+// the first blocks hardly ever.  The maximum of two doubles takes ten instructions, one of which follows the other; to
+// see that no score is that large, their high words are compared, beside the pipe of doubles.
 template <class Accum, int M>
 struct LazySoftmax {
+  static constexpr int LEAST = -2147483648;
+
   WarpExp2<Accum> exp2;
   Accum shift[M][2], l[M][2];  // l as above
+  int limit[M][2];             // high word of the score MAX_AHEAD above the shift; LEAST if that is negative
   unsigned unseen;             // a bit for each of the lane's rows that has seen no key yet
 
   __device__ __forceinline__ LazySoftmax() : unseen((1u << 2 * M) - 1) {
 #pragma unroll
-    for (int i = 0; i < 2 * M; ++i) shift[i / 2][i % 2] = l[i / 2][i % 2] = 0;
+    for (int i = 0; i < 2 * M; ++i) shift[i / 2][i % 2] = l[i / 2][i % 2] = 0, limit[i / 2][i % 2] = LEAST;
   }
 
   // Scores -> P, while l and the output accumulators move where the shift does.
   template <int N, int N_OUT>
   __device__ __forceinline__ void update(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
-    bool raise = unseen != 0;
+    bool large = false;
+#pragma unroll
+    for (int i = 0; i < M * N * 4; ++i)
+      large |= high_word(s[i / 4 / N][i / 4 % N][i % 4]) >= limit[i / 4 / N][i % 4 / 2];
+    if (__any_sync(~0u, large)) raise_shift(s, o, factor);
 #pragma unroll
     for (int i = 0; i < M * N * 4; ++i) {
       Accum& x = s[i / 4 / N][i / 4 % N][i % 4];
-      x = fma(x, factor, -shift[i / 4 / N][i % 4 / 2]);
-      raise |= exceeds<MAX_AHEAD>(x);
-    }
-    if (__any_sync(~0u, raise)) raise_shift(s, o);
-#pragma unroll
-    for (int i = 0; i < M * N * 4; ++i) {
-      Accum& x = s[i / 4 / N][i / 4 % N][i % 4];
-      x = exp2(x);
+      x = exp2(fma(x, factor, -shift[i / 4 / N][i % 4 / 2]));
       l[i / 4 / N][i % 4 / 2] += x;
     }
   }
@@ -209,8 +210,9 @@ struct LazySoftmax {
 
  private:
   template <int N, int N_OUT>
-  __device__ __forceinline__ void raise_shift(Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4]) {
+  __device__ __forceinline__ void raise_shift(const Accum (&s)[M][N][4], Accum (&o)[M][N_OUT][4], Accum factor) {
     Accum shrink[M][2];
+    bool moved = false;
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const int m = i / 2, half = i % 2;
@@ -218,15 +220,24 @@ struct LazySoftmax {
 #pragma unroll
       for (int j = 1; j < 2 * N; ++j) top = max(top, s[m][j / 2][2 * half + j % 2]);
       top = max_of_row(top);
-      const bool first = unseen >> i & 1, sees = top > minus_infinity<Accum>();
-      const Accum up = sees && (first || top > 0) ? ceil(top) : 0;
-      shrink[m][half] = first ? 1 : exp2_fast(-up);  // exact, since `up` is whole
-      shift[m][half] += up, l[m][half] *= shrink[m][half];
-#pragma unroll
-      for (int j = 0; j < 2 * N; ++j) s[m][j / 2][2 * half + j % 2] -= up;
-      if (sees) unseen &= ~(1u << i);
+      const bool first = unseen >> i & 1;
+      shrink[m][half] = 1;
+      if (top > minus_infinity<Accum>() && (first || top * factor > shift[m][half] + MAX_AHEAD)) {
+        const Accum to = ceil(top * factor), ahead = (to + MAX_AHEAD) * a_little_less_than_inverse(factor);
+        if (!first) shrink[m][half] = exp2_fast(shift[m][half] - to);  // exact: both are whole
+        shift[m][half] = to;
+        limit[m][half] = ahead < 0 ? LEAST : high_word(ahead);
+        unseen &= ~(1u << i);
+        moved = true;
+      }
+      l[m][half] *= shrink[m][half];
     }
-    rescale(o, shrink);
+    if (__any_sync(~0u, moved)) rescale(o, shrink);
+  }
+
+  // By which a limit comes out too low rather than too high.
+  static __device__ __forceinline__ Accum a_little_less_than_inverse(Accum x) {
+    return Accum(1 - 0x1p-20) * reciprocal_fast(static_cast<float>(x));
   }
 };
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -125,7 +124,7 @@ def test_second_process_reads_the_disk() -> None:
     assert first.seconds > 0
     forget()
     second = compiler.cubin(SPEC)
-    assert second == dataclasses.replace(first, seconds=0.0)
+    assert second == first._replace(seconds=0.0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no such modes on this system")
@@ -155,9 +154,9 @@ assert len(imported) == 2
 
 def test_key_covers_everything_that_matters(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler.cubin(SPEC)
-    assert rebuilt(dataclasses.replace(SPEC, arch="sm_86"))
-    assert rebuilt(dataclasses.replace(SPEC, constants=(("N", 64),)))
-    assert rebuilt(dataclasses.replace(SPEC, prelude="static_assert(N == 128);"))
+    assert rebuilt(SPEC._replace(arch="sm_86"))
+    assert rebuilt(SPEC._replace(constants=(("N", 64),)))
+    assert rebuilt(SPEC._replace(prelude="static_assert(N == 128);"))
     for name in ("toy.cu", "inner/scale.cuh", "deepest.cuh"):
         (sources / name).write_text((sources / name).read_text() + "// edited\n")
         assert rebuilt(), name
@@ -198,7 +197,7 @@ def test_unwritable_cache_falls_back_and_says_so_once(
     monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "file" / "cache"))
     with caplog.at_level(logging.WARNING, "anyattn"):
         first = compiler.cubin(SPEC)
-        compiler.cubin(dataclasses.replace(SPEC, arch="sm_86"))
+        compiler.cubin(SPEC._replace(arch="sm_86"))
     assert Path(first.path).exists()
     [message] = caplog.messages
     assert "ANYATTN_CACHE" in message
@@ -270,7 +269,7 @@ def test_error_in_the_source_names_file_and_line(sources: Path) -> None:
 
 def test_unknown_architecture() -> None:
     with pytest.raises(CompileError, match=r"too old for sm_999.*pip install"):
-        compiler.cubin(dataclasses.replace(SPEC, arch="sm_999"))
+        compiler.cubin(SPEC._replace(arch="sm_999"))
 
 
 def test_missing_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_better_kernels_that_do_not_take_the_call(monkeypatch: pytest.MonkeyPatc
     real = plan.forward
 
     def refusing(*arguments: Any) -> plan.Plan:
-        return dataclasses.replace(real(*arguments), refused=(("sm99", "they are a test"),))
+        return real(*arguments)._replace(refused=(("sm99", "they are a test"),))
 
     monkeypatch.setattr(plan, "forward", refusing)
     told = explain("1,64,1,64,arch=sm_80")

@@ -56,11 +56,24 @@ def negative_alibi(dtype: str) -> Inputs:
     return replace(inputs, options={**inputs.options, "alibi_slopes": np.array([-2.0, -0.5, -0.01], np.float32)})
 
 
-EXTREME = [(FAR_BELOW, far_below), (ODD, negative_alibi)]
+PADDED = Case("low_last_keys", 1, 2, 2, seqlen_q=150, seqlen_k=300)
+
+
+def low_last_keys(dtype: str) -> Inputs:
+    """A column that puts the last keys, with which the kernels begin, far below all others: a way to pad."""
+    inputs = make(PADDED, dtype, np.random.default_rng(0))
+    low = {"float16": -6e4, "bfloat16": -1e9, "float32": -1e9, "float64": -1e30}[dtype]
+    q, k = inputs.q.copy(), inputs.k.copy()
+    q[..., 0], k[..., 0] = 1, 0
+    k[:, 200:, :, 0] = low
+    return replace(inputs, q=q, k=k)
+
+
+EXTREME = [(FAR_BELOW, far_below), (ODD, negative_alibi), (PADDED, low_last_keys)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("case", "inputs"), EXTREME, ids=["far_below", "negative_alibi"])
+@pytest.mark.parametrize(("case", "inputs"), EXTREME, ids=["far_below", "negative_alibi", "low_last_keys"])
 def test_extreme_scores(case: Case, inputs: Callable[[str], Inputs], dtype: str) -> None:
     given = inputs(dtype)
     check(case, dtype, given, run_on_cpu(case, given))
@@ -76,6 +89,12 @@ def test_scores_far_below_zero_on_a_gpu(job: Job) -> None:
 @pytest.mark.parametrize("job", [Job(ODD, dtype) for dtype in DTYPES], ids=str)
 def test_negative_alibi_of_odd_lengths_on_a_gpu(job: Job) -> None:
     check(job.case, job.dtype, negative_alibi(job.dtype), run_on_gpu(job.case, negative_alibi(job.dtype)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("job", [Job(PADDED, dtype) for dtype in DTYPES], ids=str)
+def test_last_keys_far_below_all_others_on_a_gpu(job: Job) -> None:
+    check(job.case, job.dtype, low_last_keys(job.dtype), run_on_gpu(job.case, low_last_keys(job.dtype)))
 
 
 # --- strides ---------------------------------------------------------------------------------------------------------
