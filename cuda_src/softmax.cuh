@@ -168,8 +168,8 @@ struct Softmax {
   }
 };
 
-// The same for elements as wide as their accumulators, whose P is as exact under any maximum near the row's.  So a
-// whole number of powers of two stands for it, which moves only where a score exceeds it by more than MAX_AHEAD: after
+// The same for elements as wide as their accumulators, whose P is as exact under any maximum near the row's.  So that
+// of the first keys stands for it, and moves only where a score exceeds it by more than MAX_AHEAD powers of two: after
 // the first blocks hardly ever.  The maximum of two doubles takes ten instructions, one of which follows the other; to
 // see that no score is that large, their high words are compared, beside the pipe of doubles.
 template <class Accum, int M>
@@ -177,7 +177,7 @@ struct LazySoftmax {
   static constexpr int LEAST = -2147483648;
 
   WarpExp2<Accum> exp2;
-  Accum shift[M][2], l[M][2];  // l as above
+  Accum shift[M][2], l[M][2];  // factor * maximum, 0 before there is one; l as above
   int limit[M][2];             // high word of the score MAX_AHEAD above the shift; LEAST if that is negative
   unsigned unseen;             // a bit for each of the lane's rows that has seen no key yet
 
@@ -223,8 +223,8 @@ struct LazySoftmax {
       const bool first = unseen >> i & 1;
       shrink[m][half] = 1;
       if (top > minus_infinity<Accum>() && (first || top * factor > shift[m][half] + MAX_AHEAD)) {
-        const Accum to = ceil(top * factor), ahead = (to + MAX_AHEAD) * a_little_less_than_inverse(factor);
-        if (!first) shrink[m][half] = exp2_fast(shift[m][half] - to);  // exact: both are whole
+        const Accum to = top * factor, ahead = (to + MAX_AHEAD) * a_little_less_than_inverse(factor);
+        if (!first) shrink[m][half] = exp2_fast(shift[m][half] - to);
         shift[m][half] = to;
         limit[m][half] = ahead < 0 ? LEAST : high_word(ahead);
         unseen &= ~(1u << i);
