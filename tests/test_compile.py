@@ -134,6 +134,34 @@ def test_another_user_may_read_the_disk() -> None:
         assert file.stat().st_mode & 0o777 == 0o644, file.name
 
 
+def test_parsed_text_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    def parse(text: str) -> object:
+        parsed.append(text)
+        return object() if text == "no JSON" else {"words": text.split()}
+
+    def parses(text: str) -> bool:
+        before = len(parsed)
+        assert text == "no JSON" or compiler.kept("toy", text, parse) == {"words": text.split()}
+        compiler.kept("toy", text, parse)
+        return len(parsed) > before
+
+    assert parses("one two")
+    assert not parses("one two")
+    assert parses("three")  # another text
+    for file in (tmp_path / "cache").iterdir():
+        file.write_text(file.read_text()[:-3])
+    assert parses("one two")  # from half a file
+    assert not parses("one two")
+    assert parses("no JSON")
+    assert parses("no JSON")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "file" / "cache"))
+    assert parses("one two")
+    assert parses("one two")
+
+
 def test_threads_that_import_cuda_core_at_once() -> None:
     """One for the compiler, one for DLPack. Imported as they come, one of the two often fails."""
     script = """

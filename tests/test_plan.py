@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from anyattn import launch, plan, wgmma
 from anyattn.plan import Device, UnsupportedError
@@ -253,3 +257,19 @@ def test_own_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert constants(plan.forward.__wrapped__(problem(), HOPPER).kernels[0])["BLOCK_N"] == 32
     with pytest.raises(UnsupportedError, match="none for bfloat16 with head dim 128"):
         plan.forward.__wrapped__(problem(head_dim=128), HOPPER)
+
+
+def test_malformed_tiles_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "mine.yaml"
+    table.write_text("forward_sm80:\n  16-bit: {]\n")
+    monkeypatch.setenv("ANYATTN_TILES", str(table))
+    with pytest.raises(yaml.YAMLError, match=r"mine\.yaml.*, line 2"):
+        plan._tiles.__wrapped__()
+
+
+def test_only_the_first_process_parses_the_tiles(tmp_path: Path) -> None:
+    script = "import sys; from anyattn import plan; assert plan._tiles(); print('yaml' in sys.modules)"
+    environment = {**os.environ, "ANYATTN_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", script]
+    printed = [subprocess.run(command, env=environment, check=True, stdout=-1, text=True).stdout for _ in range(2)]
+    assert printed == ["True\n", "False\n"]
