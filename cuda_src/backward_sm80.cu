@@ -109,7 +109,8 @@ struct Part {
   int s_row, s_key;     // of S and dP
   int kv_key, kv_part;  // of dK and dV
   int q_row, q_part;    // of dQ
-  bool s_active, dp_active, kv_active, q_active;
+  bool s_active, kv_active, q_active;
+  bool dp_active;  // where DP_APART
 
   __device__ __forceinline__ Part() {
     const int thread = recompute(threadIdx.x), warp = thread / 32;
@@ -118,7 +119,7 @@ struct Part {
     kv_key = warp % KV_WARPS_N * KV_KEYS, kv_part = warp / KV_WARPS_N;
     q_row = warp % Q_WARPS_M * Q_ROWS, q_part = warp / Q_WARPS_M;
     s_active = warp < S_WARPS;
-    dp_active = DP_APART ? !s_active && warp < 2 * S_WARPS : s_active;
+    dp_active = !s_active && warp < 2 * S_WARPS;
     kv_active = warp < KV_WARPS_N * KV_WARPS_D;
     q_active = warp < Q_WARPS_M * Q_WARPS_D;
   }

@@ -63,6 +63,10 @@ __device__ __forceinline__ double narrow(double x, double) { return x; }
 __device__ __forceinline__ int high_word(float x) { return __float_as_int(x); }
 __device__ __forceinline__ int high_word(double x) { return __double2hiint(x); }
 
+// x * y rounded up: no x' * y with x' * y <= x * y is above it, however large the three are.
+__device__ __forceinline__ float multiply_up(float x, float y) { return __fmul_ru(x, y); }
+__device__ __forceinline__ double multiply_up(double x, double y) { return __dmul_ru(x, y); }
+
 template <class A>
 __device__ __forceinline__ bool is_finite(A x) {
   return x * 0 == 0;

@@ -26,7 +26,7 @@ __device__ __forceinline__ void forward_row(const Params& p, int batch, int head
 #pragma unroll 1
     for (int d = 0; d < HEAD_DIM; ++d) x += widen(q.at(row, d)) * widen(k.at(key, d));
     if constexpr (!Score<Accum>::RAW) x = score.apply(x, row, key);
-    return x * score.factor;
+    return multiply_up(x, score.factor);  // and nothing else: no product may exceed the largest when that is subtracted
   };
 
   Accum m = minus_infinity<Accum>(), l = 0, o[COLUMNS] = {};

@@ -5,7 +5,7 @@
 //     for each block of BLOCK_N keys that some row sees, the last one first:
 //       S = Q K^T                      raw scores, in registers
 //       S = score(S), masked           score.cuh, band.cuh
-//       m' = max(m, rowmax(S)), P = exp(S - m')       softmax.cuh; wide elements: a number near the maximum
+//       m' = max(m, rowmax(S)), P = exp(S - m')       softmax.cuh; for wide elements m may lag behind
 //       l = exp(m - m') l + rowsum(P), O = exp(m - m') O
 //       O = O + dropout(P) V           P stays in registers
 //     write O / l and LSE = m + log(l)

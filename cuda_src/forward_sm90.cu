@@ -406,8 +406,9 @@ struct Consumer {
       for (int half = 0; half < 2; ++half) {
         const int row = strip.first + warp * 16 + lane / 4 + 8 * half;
         if (row < strip.sequence.seqlen_q)
-          lse[row * p.lse_row] = l[half] == 0 ? minus_infinity<float>()
-                                              : (softmax.m[0][half] * score.factor + log2_fast(l[half])) * float(LN2);
+          lse[row * p.lse_row] = l[half] == 0
+                                     ? minus_infinity<float>()
+                                     : (softmax.shift(0, half, score.factor) + log2_fast(l[half])) * float(LN2);
       }
     }
   }

@@ -14,6 +14,15 @@ __device__ __forceinline__ Accum max_of_row(Accum x) {
   return max(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// The largest of what a lane has of a row: that of row `half` in product `tile`.
+template <class Accum, int M, int N>
+__device__ __forceinline__ Accum max_of_lane(const Accum (&s)[M][N][4], int tile, int half) {
+  Accum x = s[tile][0][2 * half];
+#pragma unroll
+  for (int j = 1; j < 2 * N; ++j) x = max(x, s[tile][j / 2][2 * half + j % 2]);
+  return x;
+}
+
 template <class Accum>
 __device__ __forceinline__ Accum sum_of_row(Accum x) {
   x += __shfl_xor_sync(~0u, x, 1);
@@ -45,10 +54,7 @@ struct Softmax {
     for (int i = 0; i < 2 * M; ++i) {
       Accum& maximum = m[i / 2][i % 2];
       before[i / 2][i % 2] = maximum;
-      Accum top = s[i / 2][0][i % 2 * 2];
-#pragma unroll
-      for (int j = 1; j < 2 * N; ++j) top = max(top, s[i / 2][j / 2][i % 2 * 2 + j % 2]);
-      maximum = max(maximum, max_of_row(top));
+      maximum = max(maximum, max_of_row(max_of_lane(s, i / 2, i % 2)));
       moved |= before[i / 2][i % 2] != maximum;
     }
     if (!__any_sync(~0u, moved)) return false;
@@ -67,10 +73,7 @@ struct Softmax {
                                                 Accum factor) {
     static_assert(M == 1);
     const Accum before = m[0][half];
-    Accum top = s[0][0][2 * half];
-#pragma unroll
-    for (int j = 1; j < 2 * N; ++j) top = max(top, s[0][j / 2][2 * half + j % 2]);
-    m[0][half] = max(before, max_of_row(top));
+    m[0][half] = max(before, max_of_row(max_of_lane(s, 0, half)));
     shrink[0][half] = before == m[0][half] ? 1 : exp2_fast((before - m[0][half]) * factor);
     l[0][half] *= shrink[0][half];
   }
@@ -133,10 +136,11 @@ struct Softmax {
     exponentiate(s, factor);
   }
 
-  // factor * maximum; 0 for a row that saw nothing yet: exp2(-inf - 0) = 0.
+  // factor * maximum; 0 for a row that saw nothing yet: exp2(-inf - 0) = 0.  Rounded up, for P to be 1 at most: that of
+  // the maximum is 2 to the power of the rounding error, which in numbers beyond 2^31 is in the hundreds.
   __device__ __forceinline__ Accum shift(int tile, int half, Accum factor) const {
     const Accum maximum = m[tile][half];
-    return maximum == minus_infinity<Accum>() ? 0 : maximum * factor;
+    return maximum == minus_infinity<Accum>() ? 0 : multiply_up(maximum, factor);
   }
 
   // The whole row's sum.
@@ -144,7 +148,7 @@ struct Softmax {
 
   // LSE of a row with that total, in powers of two.
   __device__ __forceinline__ Accum lse2(int tile, int half, Accum total, Accum factor) const {
-    return m[tile][half] * factor + log2(total);
+    return shift(tile, half, factor) + log2(total);
   }
 
  private:
@@ -216,14 +220,11 @@ struct LazySoftmax {
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const int m = i / 2, half = i % 2;
-      Accum top = s[m][0][2 * half];
-#pragma unroll
-      for (int j = 1; j < 2 * N; ++j) top = max(top, s[m][j / 2][2 * half + j % 2]);
-      top = max_of_row(top);
+      const Accum top = max_of_row(max_of_lane(s, m, half));
       const bool first = unseen >> i & 1;
       shrink[m][half] = 1;
       if (top > minus_infinity<Accum>() && (first || top * factor > shift[m][half] + MAX_AHEAD)) {
-        const Accum to = top * factor, ahead = (to + MAX_AHEAD) * a_little_less_than_inverse(factor);
+        const Accum to = multiply_up(top, factor), ahead = (to + MAX_AHEAD) * a_little_less_than_inverse(factor);
         if (!first) shrink[m][half] = exp2_fast(shift[m][half] - to);
         shift[m][half] = to;
         limit[m][half] = ahead < 0 ? LEAST : high_word(ahead);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from anyattn import launch
@@ -12,3 +14,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and (reason := launch.available()):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """For tests that change what a plan depends on."""
+    launch.forget_plans()
+    yield
+    launch.forget_plans()

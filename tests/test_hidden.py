@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anyattn import launch, reference
+from anyattn import reference
 from tests.cases import DTYPES, Array, Case, Inputs, Results, expected, make, tolerances
 from tests.device import Call, Job
 from tests.test_cpu import run
@@ -108,13 +108,6 @@ def test_cpu(job: Job) -> None:
 
 # With the kernels that the GPU prefers and, where that may make a difference, with the portable ones.
 GPU = [(job, "") for job in JOBS] + [(job, "sm80") for job in JOBS if job.dtype in ("float16", "bfloat16")]
-
-
-@pytest.fixture
-def fresh_plans() -> Iterator[None]:
-    launch.forget_plans()
-    yield
-    launch.forget_plans()
 
 
 @pytest.mark.gpu

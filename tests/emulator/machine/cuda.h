@@ -78,6 +78,14 @@ inline int __double2hiint(double x) { return static_cast<int>(emulator::bits<uin
 inline double __hiloint2double(int high, int low) {
   return emulator::bits<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
 }
+inline float __fmul_ru(float x, float y) {
+  const float rounded = x * y;
+  return rounded < static_cast<double>(x) * y ? nextafterf(rounded, HUGE_VALF) : rounded;
+}
+inline double __dmul_ru(double x, double y) {
+  const double rounded = x * y;
+  return fma(x, y, -rounded) > 0 ? nextafter(rounded, HUGE_VAL) : rounded;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
