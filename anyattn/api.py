@@ -2,8 +2,9 @@
 
 **Arrays.** NumPy, CuPy, PyTorch and JAX arrays, and any others that speak DLPack or an array interface and whose
 library has ``from_dlpack``. Results are arrays of the same library, dtype, device and layout. All arrays of a call come
-from one library and live on one device. dtypes: float16, bfloat16, float32, float64. Strides are free: transposed,
-broadcast (stride 0), reversed and misaligned views are taken as they come.
+from one library and live on one device. dtypes: float16, bfloat16, float32, float64 (bfloat16 in host memory: of NumPy,
+PyTorch and JAX only, as NumPy's DLPack has none). Strides are free: transposed, broadcast (stride 0), reversed and
+misaligned views are taken as they come.
 
 **Layouts.** With B batches, S rows, H heads and head dim D, from 1 to 256:
 
@@ -21,7 +22,9 @@ Lengths may be 0.
 
     score = softcap * tanh(x / softcap) - alibi_slope[h] * abs(p - j),    out = dropout(softmax(score)) v
 
-over the keys j that row i sees. A row that sees no key gives 0, with log-sum-exp -inf and gradients 0.
+over the keys j that row i sees. A row that sees no key gives 0, with log-sum-exp -inf and gradients 0. Scores are
+float32 (float64 for float64): a row that sees none between -1e8 and 1e8 (1e17) has no digits left; beside others, keys
+of -1e30 count as hidden. float32 on a GPU: an infinity that a row sees makes it NaN.
 
 **Where it runs.** ``backend="auto"``: arrays on a GPU run on the GPU kernels, asynchronously, on their device and the
 library's current stream; arrays in host memory run on a GPU if there is one and the work is large enough to repay the
@@ -38,7 +41,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from anyattn.problem import Options, check_dropout, check_seed
+from anyattn.problem import Options, check_dropout, check_flag, check_seed
 
 if TYPE_CHECKING:
     from anyattn.explanation import Explanation
@@ -111,6 +114,8 @@ def attention(
         seed = check_seed(seed)
     if backend not in ("auto", "cuda", "cpu"):
         raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    if return_lse is not False:
+        return_lse = check_flag("return_lse", return_lse)
     options = Options(causal, _pair(window), scale, softcap, dropout, layout, deterministic)
     return adapter.attention(
         q, k, v, options, alibi_slopes=alibi_slopes, seed=seed, return_lse=return_lse, backend=backend
@@ -161,6 +166,8 @@ def attention_varlen(
         seed = check_seed(seed)
     if backend not in ("auto", "cuda", "cpu"):
         raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    if return_lse is not False:
+        return_lse = check_flag("return_lse", return_lse)
     return adapter.attention_varlen(
         q,
         k,
@@ -255,13 +262,15 @@ def attention_vjp(
     """Attention and its pullback, without a framework: ``out, pullback = attention_vjp(q, k, v)``.
 
     ``dq, dk, dv = pullback(dout)`` gives the gradients of ``sum(dout * out)``; it may be called any number of times.
-    The pullback holds q, k, v, out, lse and the seed (drawn here if it is None), and no other memory. The arguments are
-    those of :func:`attention`, or with ``cu_seqlens_*`` and ``max_seqlen_*`` those of :func:`attention_varlen`.
+    The pullback holds q, k, v, out, lse and the seed (drawn here if it is None), and no other memory: it reads these
+    very arrays, which must not change before its last call (``x = out + x``, not ``out += x``). The arguments are those
+    of :func:`attention`, or with ``cu_seqlens_*`` and ``max_seqlen_*`` those of :func:`attention_varlen`.
 
     Returns:
         out: as :func:`attention`; with ``return_lse`` the pair (out, lse).
         pullback: a function from dout to (dq, dk, dv).
     """
+    return_lse = check_flag("return_lse", return_lse)
     if seed is None and check_dropout(dropout):
         seed = (_ADAPTERS.get(type(q)) or _adapter(q)).fresh_seed()
     same.update(dropout=dropout, seed=seed)

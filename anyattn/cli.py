@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import anyattn
 from anyattn import explanation, launch, plan
 from anyattn.compile import CompileError, Cubin, Spec, cache_dir, cubin, nvrtc_version, serialised
+from anyattn.plan import UnsupportedError
 from anyattn.problem import DTYPES, MAX_HEAD_DIM
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
@@ -109,7 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (CompileError, OSError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush at exit
+        return 1
+    except (CompileError, UnsupportedError, OSError) as error:
         print(f"anyattn: {error}", file=sys.stderr)
         return 1
     return status
@@ -212,7 +218,7 @@ def _gpus() -> tuple[str | None, list[dict[str, Any]]]:
 def compile_kernels(architectures: Sequence[str], report: Path | None = None) -> int:
     """Builds every default kernel. Returns 1 if one does not compile, spills much, or serialises its products."""
     if report:
-        report.parent.mkdir(parents=True, exist_ok=True)
+        _prepare_file(report)
     nvrtc = "{}.{}".format(*nvrtc_version())
     specs = [spec for arch in architectures for spec in plan.default_specs(arch)]
     built = _in_threads([partial(_build, spec) for spec in specs], "compiling")
@@ -255,7 +261,7 @@ def _kernel_rows(spec: Spec, built: Cubin | CompileError) -> Iterator[dict[str, 
             # What the kernel declares and what the launch adds, which the specification knows.
             "shared_bytes": kernel.shared_bytes + int(dict(spec.constants).get("SHARED_BYTES", 0)),
             "warnings": warnings,
-            "seconds": round(built.seconds, 2),
+            "seconds": round(built.seconds, 2) or None,  # None: it was in the cache
             "faults": spills + serialised(warnings),
         }
 
@@ -402,7 +408,7 @@ def tune(options: argparse.Namespace) -> int:
         for head_dim in options.head_dims
     ]
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
+        _prepare_file(options.out)
     trials = [trial for cell in cells if (trial := tuning.prepare(table, cell, device))]
     faults = _in_threads([partial(tuning.fault, chosen) for trial in trials for chosen in trial.plans], "compiling")
     found = iter(faults)
@@ -435,6 +441,13 @@ def tune(options: argparse.Namespace) -> int:
     path.write_text(tuning.dump(tuning.tuned(table, choices, device.arch), comment), encoding="utf-8")
     print(f"\n{path}: use it with ANYATTN_TILES={path.resolve()}")
     return 0
+
+
+def _prepare_file(path: Path) -> None:
+    """Make the folder of a file that will be written after minutes of work; raise OSError now if it can't be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _names(*known: str) -> Callable[[str], list[str]]:

@@ -151,12 +151,16 @@ def kept(name: str, text: str, parse: Callable[[str], Any]) -> Any:
     """parse(text), of what JSON can hold: from the disk cache, once a process has put it there."""
     folder = cache_dir()
     path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()}.json"
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        if hashlib.sha256(entry["content"].encode()).hexdigest() == entry["sha256"]:
+            return json.loads(entry["content"])
     parsed = parse(text)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(parsed).encode())
+        content = json.dumps(parsed)
+        checksum = hashlib.sha256(content.encode()).hexdigest()
+        _write(path, json.dumps({"sha256": checksum, "content": content}).encode())
     except (OSError, TypeError, ValueError) as error:
         log.info("%s will be parsed anew: %s", name, error)
     return parsed

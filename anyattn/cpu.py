@@ -651,14 +651,18 @@ def _thread_count(problem: Problem) -> int:
 
     One where NumPy has no OpenBLAS: then its own threads do the work.
     """
+    chosen = os.environ.get("ANYATTN_THREADS")
+    if chosen and not (chosen.isdecimal() and int(chosen)):
+        raise ValueError(f"ANYATTN_THREADS must be a number of threads from 1 on, got {chosen!r}")
     rows = problem.total_q or problem.batch * problem.seqlen_q
     scores = problem.heads * rows * min(problem.seqlen_k, problem.left + problem.right + 1)
     if scores * (problem.head_dim + problem.head_dim_v) < _SMALL or _openblas() is None:
         return 1
-    for variable in ("ANYATTN_THREADS", "OMP_NUM_THREADS"):
-        value = os.environ.get(variable, "").partition(",")[0].strip()
-        if value.isdecimal() and int(value) > 0:
-            return int(value)
+    if chosen:
+        return int(chosen)
+    value = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # one for each level of nesting
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -162,7 +162,12 @@ def _no_gpu() -> str | None:
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy raises its own class, which exists only where its libraries load
-        return f"no NVIDIA GPU is usable here ({error})"
+        driver = cupy.cuda.runtime.driverGetVersion()  # the newest CUDA that it is for
+        if driver == 0:
+            return (
+                "there is no NVIDIA driver here: a GPU needs one for CUDA 12 or later (https://www.nvidia.com/drivers)"
+            )
+        return f"no NVIDIA GPU is usable here, with a driver for CUDA {driver // 1000}.{driver % 1000 // 10} ({error})"
     if count == 0:
         return "there is no NVIDIA GPU here"
     return None

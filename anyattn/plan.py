@@ -6,7 +6,6 @@ Pure Python: no GPU is touched, so every decision can be tested on any machine. 
 from __future__ import annotations
 
 import functools
-import io
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -455,11 +454,20 @@ def _tiles() -> dict[str, dict[str, list[dict[str, Any]]]]:
     def parse(text: str) -> Any:
         import yaml  # it and the parsing take 20 ms, of the first process only
 
-        stream = io.StringIO(text)
-        stream.name = str(path)  # for messages
-        return yaml.load(stream, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml's, where PyYAML has it
+        try:
+            table = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml's, where PyYAML has it
+            tiles = [tile for groups in table.values() for group in groups.values() for tile in group]
+            if not all(isinstance(tile["head_dim"], int) for tile in tiles):
+                raise TypeError("a head_dim is not an int")
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise UnsupportedError(f"{path} (ANYATTN_TILES) is no table of tiles, as tiles.yaml is: {error}") from None
+        return table
 
-    return kept("tiles", path.read_text(encoding="utf-8"), parse)  # type: ignore[no-any-return]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnsupportedError(f"{path} (ANYATTN_TILES) can't be read: {error}") from None
+    return kept("tiles", text, parse)  # type: ignore[no-any-return]
 
 
 def _candidates(kernel: str, dtype: str) -> list[dict[str, Any]]:

@@ -257,11 +257,18 @@ def check_dropout(dropout: Any) -> float:
     return float(dropout)
 
 
+def check_flag(name: str, flag: Any) -> bool:
+    """True or False, or what equals one of them."""
+    if not isinstance(flag, (*_REAL, np.bool_)) or flag not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {_describe(flag)}")
+    return bool(flag)
+
+
 def check_array(name: str, array: Any, kind: type) -> None:
     """Refuse an argument that is not of the array type that q has."""
     if not isinstance(array, kind):
         wanted, got = (f"{t.__module__.partition('.')[0]}.{t.__name__.rpartition('.')[2]}" for t in (kind, type(array)))
-        raise TypeError(f"{name} must be a {wanted}, as q is, got {got}")
+        raise TypeError(f"{name} must be a {wanted}{', as q is' if name != 'q' else ''}, got {got}")
 
 
 def check_seed(seed: int) -> int:
@@ -432,12 +439,13 @@ def _common(
     itemsize = ITEMSIZE[q.dtype]
     _check_alignment(q=q, k=k, v=v)
     head_dim = q.shape[-1]
-    left, right = _window(options.window, _flag("causal", options.causal), seqlen_q, seqlen_k)
+    left, right = _window(options.window, check_flag("causal", options.causal), seqlen_q, seqlen_k)
     scale = 1.0 / math.sqrt(head_dim) if options.scale is None else _finite("scale", options.scale)
     softcap = _softcap(options.softcap)
     for name, x in (("scale", scale), ("softcap", softcap)):
         if q.dtype != "float64" and abs(x) > _FLOAT32_MAX:
             raise ValueError(f"{name} must be finite in float32, in which {q.dtype} arrays are computed, got {x}")
+    _check_cap(softcap, scale, "float64" if q.dtype == "float64" else "float32")
     return {
         "dtype": q.dtype,
         "device": q.device,
@@ -449,7 +457,7 @@ def _common(
         "scale": scale,
         "softcap": softcap,
         "dropout": check_dropout(options.dropout),
-        "deterministic": _flag("deterministic", options.deterministic),
+        "deterministic": check_flag("deterministic", options.deterministic),
         "alibi": alibi is not None,
         "q_strides": strides[0],
         "k_strides": strides[1],
@@ -630,12 +638,6 @@ def _whole(n: Any) -> bool:
     return isinstance(n, _REAL) and math.isfinite(n) and int(n) == n
 
 
-def _flag(name: str, flag: Any) -> bool:
-    if not isinstance(flag, (*_REAL, np.bool_)) or flag not in (0, 1):
-        raise TypeError(f"{name} must be True or False, got {_describe(flag)}")
-    return bool(flag)
-
-
 def _finite(name: str, x: Any) -> float:
     if not isinstance(x, _REAL):
         raise TypeError(f"{name} must be a real number or None, got {_describe(x)}")
@@ -651,6 +653,16 @@ def _softcap(softcap: Any) -> float:
     if cap <= 0:
         raise ValueError(f"softcap must be > 0, or None for no cap, got {softcap}")
     return cap
+
+
+def _check_cap(softcap: float, scale: float, dtype: str) -> None:
+    """Products go through tanh(scale / softcap * x), in this dtype."""
+    limits = np.finfo(dtype)
+    if softcap and (softcap < limits.tiny or abs(scale) > float(limits.max) * softcap):
+        least = max(float(limits.tiny), abs(scale) / float(limits.max))
+        raise ValueError(
+            f"softcap must be at least {least:.2g}, for scale / softcap to be finite in {dtype}, got {softcap}"
+        )
 
 
 def _describe(value: Any) -> str:

@@ -43,8 +43,11 @@ class Bridge:
             return np.asarray(x)
         try:
             return np.from_dlpack(x)
-        except (BufferError, RuntimeError) as error:  # a dtype that NumPy lacks, bfloat16 among them
-            raise TypeError(f"{name} must be an array that NumPy can read, or on a GPU ({error})") from None
+        except (BufferError, RuntimeError) as error:  # a dtype that NumPy lacks
+            got = f", got {x.dtype}" if hasattr(x, "dtype") else ""
+            raise TypeError(
+                f"{name} must be float16, float32 or float64 or on a GPU: NumPy's DLPack has no bfloat16{got} ({error})"
+            ) from None
 
     def returned(self, x: Any, q: Any) -> Any:
         """A NumPy or CuPy array as an array of q's library, where q is."""
@@ -172,6 +175,8 @@ def _device(name: str, x: Any) -> int:
         return int(cupy.cuda.runtime.pointerGetAttributes(x.__cuda_array_interface__["data"][0]).device)
     if hasattr(x, "__array_interface__"):
         return -1
+    if hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} must have __dlpack_device__ beside __dlpack__, got a {_full_name(x)} without")
     raise TypeError(f"{name} must speak DLPack or an array interface, got a {_full_name(x)}")
 
 

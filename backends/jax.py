@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.dlpack
+import jax.dtypes
 import numpy as np
 
 from anyattn.problem import check_array, fresh_seed
@@ -26,6 +27,8 @@ class _Jax(Bridge):
                 "(anyattn.attention_vjp gives gradients)"
             )
         check_array(name, x, jax.Array)
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:  # so would its results be
+            raise TypeError(f"{name} is {x.dtype}, of which JAX makes float32 unless jax_enable_x64 is set")
         if len(x.devices()) != 1:
             raise ValueError(f"{name} must be on one device, got an array sharded over {len(x.devices())}")
 

@@ -70,7 +70,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`anyattn.attention` of tensors. out is differentiable with respect to q, k and v; the LSE is not."""
     known = None
-    if alibi_slopes is None and not options.dropout and not is_compiling():
+    if alibi_slopes is None and not _dropout(options) and not is_compiling():
         # Under autocast no guard made without it holds: there is no need to ask.
         kind = _kind(options, backend, None)
         known = kind.recall(q, k, v) if kind else None
@@ -163,6 +163,7 @@ def fresh_seed() -> int:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -> tuple[Tensor, Any]:
+    core.check_array("q", q, Tensor)
     compiling = is_compiling()
     autocast = compiling or _is_any_autocast_enabled()
     kind = None
@@ -251,9 +252,14 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type)) if eligible else x
 
 
+def _dropout(options: Options) -> float:
+    dropout = options.dropout
+    return dropout if type(dropout) is float else core.check_dropout(dropout)  # an array would not do for a condition
+
+
 def _seed(seed: int | None, options: Options) -> Tensor | None:
     """The dropout seed as a 0-d int64 tensor on the CPU: an operator can take it, and reading it waits for no GPU."""
-    if not options.dropout:
+    if not _dropout(options):
         return None
     if seed is None:
         return torch.randint(2**63 - 1, (), device="cpu")
@@ -340,13 +346,19 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options) -> 
     if call.cu_seqlens_q is None and call.alibi_slopes is None:
         try:
             return _dense(*_key(q), *_key(k), *_key(v), options)
-        except (AttributeError, TypeError, ValueError):  # what is wrong will be named on the way below
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # what is wrong will be named on the way below
             pass
-    views = _view("q", q), _view("k", k), _view("v", v)
-    slopes = None if call.alibi_slopes is None else _view("alibi_slopes", call.alibi_slopes)
+    return _problem_of_views(_view, q, k, v, call, options)
+
+
+def _problem_of_views(
+    view: Callable[[str, Tensor], View], q: Tensor, k: Tensor, v: Tensor, call: _Call, options: Options
+) -> Problem:
+    views = view("q", q), view("k", k), view("v", v)
+    slopes = None if call.alibi_slopes is None else view("alibi_slopes", call.alibi_slopes)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
         return core.dense(*views, slopes, options)
-    offsets = _view("cu_seqlens_q", call.cu_seqlens_q), _view("cu_seqlens_k", call.cu_seqlens_k)
+    offsets = view("cu_seqlens_q", call.cu_seqlens_q), view("cu_seqlens_k", call.cu_seqlens_k)
     return core.varlen(*views, *offsets, call.max_seqlen_q, call.max_seqlen_k, slopes, options)
 
 
@@ -359,7 +371,7 @@ def _backward_problem(
     problem = _problem(q, k, v, call, options)
     try:
         return _cached_backward(problem, _key(dout), _key(out), _key(lse))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):
         return core.backward(problem, _view("dout", dout), _view("out", out), _view("lse", lse))
 
 
@@ -386,9 +398,9 @@ class _Kind:
 
     def recall(self, *tensors: Tensor) -> _Known | None:
         """What is known of the call with these."""
-        if _len_torch_dispatch_stack() == 0:
+        if self._known and _len_torch_dispatch_stack() == 0 and _guarded(tensors):
             for known, same in self._known:
-                if same(*tensors) and _aligned(tensors):
+                if same(*tensors):
                     return known
         return None
 
@@ -398,17 +410,23 @@ class _Kind:
             if len(self._once) == 64:
                 self._once.clear()
             self._once.add(problem)
-        elif _TensorGuards and _aligned(tensors) and len({id(x) for x in tensors}) == len(tensors):
+        elif _TensorGuards and _guarded(tensors) and len({id(x) for x in tensors}) == len(tensors):
             self._once.discard(problem)
             sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
             same = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
             self._known = ((known, same), *self._known[:3])
 
 
-def _aligned(tensors: tuple[Tensor, ...]) -> bool:
+def _guarded(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether guards may be asked: they don't see how memory is aligned, and at nested tensors abort the process."""
     addresses = 0
-    for x in tensors:
-        addresses |= x.data_ptr()
+    try:
+        for x in tensors:
+            if x.is_nested:
+                return False
+            addresses |= x.data_ptr()
+    except (AttributeError, RuntimeError, TypeError):  # no tensors, or without memory
+        return False
     return addresses & 15 == 0
 
 
@@ -464,6 +482,10 @@ def _cached_backward(problem: Problem, dout: _Key, out: _Key, lse: _Key) -> Back
 
 def _view(name: str, x: Tensor) -> View:
     core.check_array(name, x, Tensor)
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
+    if not (x.is_cpu or x.is_cuda):
+        raise ValueError(f"{name} must be on the CPU or a CUDA device, got {x.device}")
     return _from_key(*_key(x))
 
 
@@ -528,6 +550,10 @@ def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise NotImplementedError("anyattn.attention has first derivatives only: its gradients can't be differentiated")
 
 
+def _refuse_forward_mode(ctx: Any, *tangents: Tensor) -> None:
+    raise NotImplementedError("anyattn.attention has no forward-mode derivative: use backward, grad or vjp")
+
+
 class _EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -540,6 +566,8 @@ class _EagerAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
         return *_differentiate(ctx, dout), None, None, None
+
+    jvp = staticmethod(_refuse_forward_mode)
 
 
 class _Attention(torch.autograd.Function):
@@ -558,6 +586,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
         return *_differentiate(ctx, dout), None
+
+    jvp = staticmethod(_refuse_forward_mode)
 
 
 class _Gradients(torch.autograd.Function):
@@ -578,6 +608,8 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
         _refuse_second_derivative(ctx, *gradients)
+
+    jvp = staticmethod(_refuse_forward_mode)
 
 
 _apply_transformed: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply
@@ -615,9 +647,23 @@ def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor
     return _forward(q, k, v, problem, _extras(problem, call))
 
 
+def _abstract_view(name: str, x: Tensor) -> View:
+    """Of a tensor without memory; which device it stands for does not matter."""
+    return View(0, tuple(x.shape), x.stride(), _DTYPES[x.dtype], -1)
+
+
+def _concrete(call: _Call, *tensors: Tensor) -> bool:
+    """Whether there is no symbol among the sizes."""
+    sizes = [n for x in (*tensors, *call[:4]) if x is not None for n in (*x.shape, *x.stride())]
+    return all(type(n) is int for n in (*sizes, call.max_seqlen_q, call.max_seqlen_k))
+
+
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    call = _unflat(flat)
+    if _concrete(call, q, k, v):
+        _problem_of_views(_abstract_view, q, k, v, call, call.options)
     lse_shape = list(q.shape[:-1])
-    if len(lse_shape) > 1 and _unflat(flat).options.layout == "bshd":  # ..., rows, heads
+    if len(lse_shape) > 1 and call.options.layout == "bshd":  # ..., rows, heads
         lse_shape[-2:] = lse_shape[:-3:-1]
     lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=lse_dtype)
@@ -643,6 +689,10 @@ def _backward_kernel(
 def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = _unflat(flat)
+    if _concrete(call, q, k, v, dout, out, lse):
+        problem = _problem_of_views(_abstract_view, q, k, v, call, call.options)
+        core.backward(problem, *(_abstract_view(name, x) for name, x in (("dout", dout), ("out", out), ("lse", lse))))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -139,6 +139,23 @@ def test_jax_results_are_where_the_inputs_are() -> None:
     assert anyattn.attention(q, q, q).devices() == {device}
 
 
+def test_jax_float64_that_would_become_float32() -> None:
+    pytest.importorskip("jax")
+    run_python(
+        "import jax, jax.numpy as jnp, anyattn\n"
+        "jax.config.update('jax_enable_x64', True)\n"
+        "x = jnp.ones((4, 2, 8), jnp.float64)\n"
+        "assert anyattn.attention(x, x, x, backend='cpu').dtype == jnp.float64\n"
+        "jax.config.update('jax_enable_x64', False)\n"
+        "try:\n"
+        "    anyattn.attention(x, x, x)\n"
+        "except TypeError as error:\n"
+        "    assert str(error) == 'q is float64, of which JAX makes float32 unless jax_enable_x64 is set'\n"
+        "else:\n"
+        "    raise AssertionError('not refused')"
+    )
+
+
 # --- anything else ---------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +262,20 @@ def test_dlpack_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dlpack_of_a_dtype_that_numpy_lacks() -> None:
     torch = pytest.importorskip("torch")
     x = ByDlpack(torch.ones(4, 2, 8, dtype=torch.bfloat16))
-    with pytest.raises(TypeError, match=r"q must be an array that NumPy can read, or on a GPU"):
+    with pytest.raises(TypeError, match=r"q must be float16, .*or on a GPU: NumPy's DLPack has no bfloat16"):
+        anyattn.attention(x, x, x)
+
+
+@pytest.mark.usefixtures("unheard_of")
+def test_dlpack_that_does_not_say_where() -> None:
+    class Nowhere(Wrapped):
+        __module__ = "unheard_of.core"
+
+        def __dlpack__(self, **arguments: Any) -> Any:
+            return self.x.__dlpack__(**arguments)
+
+    x = Nowhere(np.ones((4, 2, 8), np.float32))
+    with pytest.raises(TypeError, match=r"q must have __dlpack_device__ beside __dlpack__, got a unheard_of.Nowhere"):
         anyattn.attention(x, x, x)
 
 

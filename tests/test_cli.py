@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def use_specs(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize("arch", cli.ARCHITECTURES)
-def test_every_kernel_compiles_without_spills_or_serialisation(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kernel_compiles_without_many_spills_or_serialisation(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = cli.main(["compile", "--arch", arch])
     _, *faults = capsys.readouterr().out.split("\n\n")
     assert status == 0, "\n".join(faults)
@@ -128,11 +129,25 @@ def test_bad_numbers(command: str, message: str, capsys: pytest.CaptureFixture[s
     assert message in capsys.readouterr().err
 
 
-def test_files_that_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Told before anything is built, in one line."""
     monkeypatch.setattr(cli, "_in_threads", None)
     assert cli.main(["compile", "--report", f"{__file__}/report.json"]) == 1
     assert capsys.readouterr().err.startswith("anyattn: [Errno ")
+    assert cli.main(["compile", "--report", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"anyattn: [Errno 21] Is a directory: '{tmp_path}'\n"
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    command = [sys.executable, "-m", "anyattn", "info", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
 
 
 def test_bad_architecture(capsys: pytest.CaptureFixture[str]) -> None:

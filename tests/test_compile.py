@@ -150,10 +150,11 @@ def test_parsed_text_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
     assert parses("one two")
     assert not parses("one two")
     assert parses("three")  # another text
-    for file in (tmp_path / "cache").iterdir():
-        file.write_text(file.read_text()[:-3])
-    assert parses("one two")  # from half a file
-    assert not parses("one two")
+    for damaged in (lambda text: text[:-3], lambda text: text.replace("two", "six"), lambda text: "null"):
+        for file in (tmp_path / "cache").iterdir():
+            file.write_text(damaged(file.read_text()))
+        assert parses("one two")
+        assert not parses("one two")
     assert parses("no JSON")
     assert parses("no JSON")
     (tmp_path / "file").touch()

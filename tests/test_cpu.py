@@ -130,7 +130,7 @@ def test_any_number_of_threads(name: str, threads: str, monkeypatch: pytest.Monk
         ({"OMP_NUM_THREADS": "3"}, 3),
         ({"OMP_NUM_THREADS": "3,2"}, 3),
         ({"OMP_NUM_THREADS": "3", "ANYATTN_THREADS": "7"}, 7),
-        ({"OMP_NUM_THREADS": "", "ANYATTN_THREADS": "many"}, len(os.sched_getaffinity(0))),
+        ({"OMP_NUM_THREADS": "many", "ANYATTN_THREADS": ""}, len(os.sched_getaffinity(0))),
     ],
 )
 def test_thread_count(variables: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +141,14 @@ def test_thread_count(variables: dict[str, str], threads: int, monkeypatch: pyte
     assert cpu._thread_count(validated(case, random_inputs(case))) == threads
     case = Case("small", seqlen_q=16, seqlen_k=16)
     assert cpu._thread_count(validated(case, random_inputs(case))) == 1
+
+
+@pytest.mark.parametrize("threads", ["many", "0", "-3", "1.5"])
+def test_no_number_of_threads(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYATTN_THREADS", threads)
+    case = Case("small", seqlen_q=16, seqlen_k=16)
+    with pytest.raises(ValueError, match=f"ANYATTN_THREADS must be a number of threads from 1 on, got '{threads}'"):
+        run(case, random_inputs(case))
 
 
 def test_blas_gets_its_threads_back() -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from anyattn import launch, plan, wgmma
 from anyattn.plan import Device, UnsupportedError
@@ -259,11 +258,26 @@ def test_own_tiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         plan.forward.__wrapped__(problem(head_dim=128), HOPPER)
 
 
-def test_malformed_tiles_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("forward_sm80:\n  16-bit: {]\n", "no table of tiles.*, line 2"),
+        ("", "no table of tiles"),
+        ("[]", "no table of tiles"),
+        ("forward_sm80: 3", "no table of tiles"),
+        ("forward_sm80:\n  16-bit:\n    - {BLOCK_M: 64}", "no table of tiles.*head_dim"),
+        ("forward_sm80:\n  16-bit:\n    - {head_dim: wide}", "no table of tiles.*head_dim is not an int"),
+        (None, "can't be read"),
+    ],
+)
+def test_malformed_tiles_are_named(
+    text: str | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     table = tmp_path / "mine.yaml"
-    table.write_text("forward_sm80:\n  16-bit: {]\n")
+    if text is not None:
+        table.write_text(text)
     monkeypatch.setenv("ANYATTN_TILES", str(table))
-    with pytest.raises(yaml.YAMLError, match=r"mine\.yaml.*, line 2"):
+    with pytest.raises(UnsupportedError, match=rf"(?s)mine\.yaml \(ANYATTN_TILES\) .*{message}"):
         plan._tiles.__wrapped__()
 
 

@@ -322,9 +322,9 @@ def test_forward_mode_is_refused() -> None:
     q, k, v = operands()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, q)
-        with pytest.raises(NotImplementedError, match="forward mode AD"):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             anyattn.attention(dual, k, v)
-    with pytest.raises(NotImplementedError, match="forward mode AD"):
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(lambda q: anyattn.attention(q, k, v), (q,), (q,))
 
 
@@ -826,6 +826,13 @@ BAD = [
     ({"alibi_slopes": [0.5] * 4}, TypeError, r"alibi_slopes must be a torch.Tensor, as q is, got builtins.list"),
     ({"alibi_slopes": torch.ones(4).double()}, TypeError, r"alibi_slopes must be float32, got float64"),
     ({"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, r"alibi_slopes must not require grad, .*detach"),
+    ({"alibi_slopes": torch.ones(4, device="meta")}, ValueError, r"alibi_slopes must be on the CPU or .*, got meta"),
+    ({"q": torch.nn.Linear(2, 2)}, TypeError, r"q must be a torch.Tensor, got torch.Linear"),
+    ({"q": torch.Tensor}, TypeError, r"q must be a torch.Tensor, got torch._TensorMeta"),
+    ({"q": torch.ones(2, 5, 4, 8).to_sparse()}, TypeError, r"q must be a dense tensor, got a torch.sparse_coo one"),
+    ({"k": torch.ones(2, 7, 2, 8).to_sparse()}, TypeError, r"k must be a dense tensor, got a torch.sparse_coo one"),
+    ({"v": torch.nested.nested_tensor([torch.ones(2, 8)])}, TypeError, r"v must be a dense tensor, got a nested one"),
+    ({"dropout": np.array([0.1, 0.2])}, TypeError, r"dropout must be a real number in \[0, 1\), got ndarray"),
 ]
 
 
@@ -834,8 +841,10 @@ BAD = [
 def test_bad_input(
     changes: dict[str, Any], error: type[Exception], message: str, grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "forward", None)
     q, k, v = operands(grad=grad)
+    for _ in range(3):
+        anyattn.attention(q, k, v)  # from now on the good call is known
+    monkeypatch.setattr(host, "forward", None)
     with pytest.raises(error, match=message):
         anyattn.attention(**{"q": q, "k": k, "v": v, **changes})
 
@@ -865,9 +874,35 @@ def test_bad_backward() -> None:
         (out.sum(), ValueError, r"dout must have shape \(2, 5, 4, 6\) .*, got \(\)"),
         (out.double(), TypeError, r"dout must be float32 .*, got float64"),
         (out.to("meta"), ValueError, r"dout must be on q's device, cpu, got meta"),
+        (out.to_sparse(), TypeError, r"dout must be a dense tensor, got a torch.sparse_coo one"),
     ):
         with pytest.raises(error, match=message):
             anyattn.attention_backward(dout, *inputs, out, lse)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"k": torch.ones(2, 7, 3, 8, device="meta")}, ValueError, r"v: heads must equal k's, 3, got 2"),
+        ({"k": torch.ones(2, 7, 2, 8, device="meta").int()}, TypeError, r"k must be float16, .*, got int32"),
+        ({"softcap": -1.0}, ValueError, r"softcap must be > 0"),
+        ({"window": (-2, 0)}, ValueError, r"window must be >= 0 on each side"),
+        ({"layout": "hbsd"}, ValueError, r"layout must be 'bshd' or 'bhsd', got 'hbsd'"),
+    ],
+)
+def test_bad_input_without_memory(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    q, k, v = operands("meta")
+    assert anyattn.attention(q, k, v).shape == (2, 5, 4, 6)
+    with pytest.raises(error, match=message):
+        anyattn.attention(**{"q": q, "k": k, "v": v, **changes})
+
+
+def test_bad_backward_without_memory() -> None:
+    inputs = operands("meta")
+    out, lse = anyattn.attention(*inputs, return_lse=True)
+    assert [x.shape for x in anyattn.attention_backward(out, *inputs, out, lse)] == [x.shape for x in inputs]
+    with pytest.raises(ValueError, match=r"dout must have shape \(2, 5, 4, 6\) .*, got \(2, 5, 4, 5\)"):
+        anyattn.attention_backward(out[..., :-1], *inputs, out, lse)
 
 
 def test_other_devices() -> None:
