@@ -54,6 +54,7 @@ _EDGE = 128  # rows of the tiles along a mask's edge
 _HEADS, _BACKWARD_HEADS = 4, 2
 _KEPT_BYTES = 1 << 24
 _LARGEST_P = 2.0**32  # it and its inverse are far from the ends of float32 still, even when multiplied by V
+_DROPOUT = 1 << 16  # entries of the mask that are drawn at once
 _SMALL = 1 << 23  # multiply-adds below which a second thread does not pay
 
 
@@ -357,15 +358,17 @@ class _Tile(NamedTuple):
         if not job.problem.dropout:
             return None
         sequences, heads = group.by_key[0].shape[:2]
-        members = range(*self.members.indices(job.members))
         first, first_head, first_row = job.problem.origin
         rows = range(first_row + self.rows.start, first_row + self.rows.stop)
-        keep = np.empty((sequences, heads, len(members), len(self.rows), len(self.keys)), np.bool_)
-        for n, h, m in np.ndindex(*keep.shape[:3]):
-            head = first_head + (group.head + h) * job.members + members[m]
-            sequence = first + group.sequence + n
-            keep[n, h, m] = keep_mask(job.seed, job.problem.dropout, sequence, head, rows, self.keys)
-        return keep.reshape(-1, *keep.shape[2:])
+        sequence = first + group.sequence + np.arange(sequences)[:, None, None]
+        members = np.arange(job.members)[self.members]
+        head = first_head + (group.head + np.arange(heads)[:, None]) * job.members + members
+        sequence, head = (x.reshape(-1) for x in np.broadcast_arrays(sequence, head))
+        keep = np.empty((sequences * heads * len(members), len(self.rows), len(self.keys)), np.bool_)
+        # Many short heads at a time: a call for each would take longer than its numbers.
+        for some in _pieces(len(keep), _DROPOUT // ((len(rows) + 15) * (len(self.keys) + 15))):
+            keep[some] = keep_mask(job.seed, job.problem.dropout, sequence[some], head[some], rows, self.keys)
+        return keep.reshape(-1, len(members), *keep.shape[1:])
 
     def visible(self) -> Iterator[tuple[int, slice]]:
         """For each row, its index and the keys it sees, counted inside the tile."""

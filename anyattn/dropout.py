@@ -8,7 +8,7 @@ what one thread of a tensor-core accumulator holds.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,20 +36,29 @@ def philox(counter: tuple[UInt64s, UInt64s, UInt64s, UInt64s], key: tuple[int, i
     return c0, c1, c2, c3
 
 
-def keep_mask(seed: int, p: float, batch: int, head: int, rows: range, columns: range) -> npt.NDArray[np.bool_]:
-    """Return which entries of one head's probability matrix survive dropout.
+def keep_mask(
+    seed: int,
+    p: float,
+    batch: int | npt.NDArray[np.integer[Any]],
+    head: int | npt.NDArray[np.integer[Any]],
+    rows: range,
+    columns: range,
+) -> npt.NDArray[np.bool_]:
+    """Return which entries of a head's probability matrix, or of several heads', survive dropout.
 
     Args:
         seed: 64-bit seed of the call.
         p: probability of dropping an entry, in [0, 1); survivors are to be scaled by 1 / (1 - p).
-        batch: index of the sequence in the batch.
-        head: index of the query head.
+        batch: index of the sequence in the batch; one, or an array of them.
+        head: index of the query head; one, or an array of them that broadcasts with `batch`.
         rows: query positions inside the sequence (step 1).
         columns: key positions inside the sequence (step 1).
 
     Returns:
-        A (len(rows), len(columns)) array, True where the entry is kept.
+        A (..., len(rows), len(columns)) array, True where the entry is kept.
     """
+    batches, heads = np.asarray(batch, np.uint64), np.asarray(head, np.uint64)
+    several = np.broadcast_shapes(batches.shape, heads.shape)
     first_row, first_column = rows.start & ~15, columns.start & ~15
     row_tiles, column_tiles = -(-(rows.stop - first_row) // 16), -(-(columns.stop - first_column) // 16)
 
@@ -61,16 +70,16 @@ def keep_mask(seed: int, p: float, batch: int, head: int, rows: range, columns: 
         (
             low_halves(first_row, row_tiles)[:, None],
             low_halves(first_column, column_tiles)[None, :],
-            np.full((1, 1), head, np.uint64),
-            np.full((1, 1), batch, np.uint64),
+            heads[..., None, None],
+            batches[..., None, None],
         ),
         (seed & _WORD, (seed >> 32) & _WORD),
     )
-    keep = np.empty((row_tiles, 2, 8, column_tiles, 2, 8), np.bool_)
+    keep = np.empty((*several, row_tiles, 2, 8, column_tiles, 2, 8), np.bool_)
     threshold = int(p * 2.0**32)
     for index, word in enumerate(words):
-        keep[:, index >> 1, :, :, index & 1] = (word >= threshold).reshape(row_tiles, 8, column_tiles, 8)
-    mask = keep.reshape(16 * row_tiles, 16 * column_tiles)
-    return mask[
-        rows.start - first_row : rows.stop - first_row, columns.start - first_column : columns.stop - first_column
-    ]
+        half = (word >= threshold).reshape(*several, row_tiles, 8, column_tiles, 8)
+        keep[..., :, index >> 1, :, :, index & 1, :] = half
+    mask = keep.reshape(*several, 16 * row_tiles, 16 * column_tiles)
+    here = slice(rows.start - first_row, rows.stop - first_row)
+    return mask[..., here, columns.start - first_column : columns.stop - first_column]

@@ -47,7 +47,9 @@ def use_specs(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize("arch", cli.ARCHITECTURES)
-def test_every_kernel_compiles_without_many_spills_or_serialisation(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kernel_compiles_without_many_spills_or_serialisation(
+    arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     status = cli.main(["compile", "--arch", arch])
     _, *faults = capsys.readouterr().out.split("\n\n")
     assert status == 0, "\n".join(faults)

@@ -66,3 +66,13 @@ def test_masks_of_other_heads_batches_and_seeds_are_unrelated() -> None:
 def test_empty() -> None:
     assert keep_mask(1, 0.5, 0, 0, range(0), range(3)).shape == (0, 3)
     assert keep_mask(1, 0.5, 0, 0, range(20, 20), range(8, 8)).shape == (0, 0)
+    assert keep_mask(1, 0.5, np.zeros(0, int), 0, range(3), range(8)).shape == (0, 3, 8)
+
+
+def test_several_heads() -> None:
+    batches, heads = np.array([[3], [0]]), np.array([7, 1, 2**31])
+    masks = keep_mask(5, 0.4, batches, heads, range(10, 40), range(3, 20))
+    assert masks.shape == (2, 3, 30, 17)
+    for i, j in np.ndindex(2, 3):
+        one = keep_mask(5, 0.4, int(batches[i, 0]), int(heads[j]), range(10, 40), range(3, 20))
+        assert np.array_equal(masks[i, j], one)
