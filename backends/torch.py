@@ -272,10 +272,16 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, call: _Call, **others: Tenso
         raise ValueError(f"q must be on the CPU or a CUDA device, got {q.device}")
     optional = {"alibi_slopes": call.alibi_slopes, "cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
     others = {"k": k, "v": v, **others, **{name: x for name, x in optional.items() if x is not None}}
-    for name, x in others.items():
-        core.check_array(name, x, Tensor)
+    for name, x in {"q": q, **others}.items():
+        _check_dense(name, x)
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    core.check_array(name, x, Tensor)
+    if x.is_nested or x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
 
 
 # ------------------------------------------------------------------------------------------------ the work itself
@@ -481,9 +487,7 @@ def _cached_backward(problem: Problem, dout: _Key, out: _Key, lse: _Key) -> Back
 
 
 def _view(name: str, x: Tensor) -> View:
-    core.check_array(name, x, Tensor)
-    if x.is_nested or x.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got a {'nested' if x.is_nested else x.layout} one")
+    _check_dense(name, x)
     if not (x.is_cpu or x.is_cuda):
         raise ValueError(f"{name} must be on the CPU or a CUDA device, got {x.device}")
     return _from_key(*_key(x))

@@ -832,6 +832,11 @@ BAD = [
     ({"q": torch.ones(2, 5, 4, 8).to_sparse()}, TypeError, r"q must be a dense tensor, got a torch.sparse_coo one"),
     ({"k": torch.ones(2, 7, 2, 8).to_sparse()}, TypeError, r"k must be a dense tensor, got a torch.sparse_coo one"),
     ({"v": torch.nested.nested_tensor([torch.ones(2, 8)])}, TypeError, r"v must be a dense tensor, got a nested one"),
+    (
+        {"q": torch.nested.nested_tensor([torch.ones(2, 8)], layout=torch.jagged)},
+        TypeError,
+        r"q must be a dense tensor, got a nested one",
+    ),
     ({"dropout": np.array([0.1, 0.2])}, TypeError, r"dropout must be a real number in \[0, 1\), got ndarray"),
 ]
 
