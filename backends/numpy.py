@@ -111,8 +111,9 @@ def view(name: str, x: Any) -> View:
     """What the core checks of an array; host memory is handed on as arrays, so the pointer is left out."""
     check_array(name, x, np.ndarray)
     if isinstance(x, np.ma.MaskedArray | np.matrix):
-        why = "its mask would be ignored" if isinstance(x, np.ma.MaskedArray) else "it would stay two-dimensional"
-        raise TypeError(f"{name} must be a plain array, got a {type(x).__module__}.{type(x).__name__} ({why})")
+        masked = "numpy.ma.MaskedArray (its mask would be ignored)"
+        got = masked if isinstance(x, np.ma.MaskedArray) else "numpy.matrix (it would stay two-dimensional)"
+        raise TypeError(f"{name} must be a plain array, got a {got}")
     dtype = x.dtype.name if x.dtype.isnative else x.dtype.str
     return View(0, x.shape, tuple(step // (x.itemsize or 1) for step in x.strides), dtype, -1)
 
