@@ -17,7 +17,7 @@ from anyattn.problem import DTYPES, Options, Problem, View, contiguous_backward,
 __all__ = ["SYNTAX", "Explanation", "Launch", "Pass", "explain", "parse"]
 
 # Constants of a kernel that follow from the call, not from a choice of tile.
-_OF_THE_CALL = ("HEAD_DIM", "HEAD_DIM_V", "COPY_BYTES", "SHARED_BYTES")
+_OF_THE_CALL = ("HEAD_DIM", "HEAD_DIM_V", "COPY_BYTES", "PART_COLUMNS", "SHARED_BYTES")
 
 
 @dataclass(frozen=True)

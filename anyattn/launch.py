@@ -25,8 +25,8 @@ from anyattn.problem import BackwardProblem, Problem
 __all__ = ["PARAMS", "PRELUDE", "UnsupportedError", "available", "backward", "device", "forward", "workspace_bytes"]
 
 POINTERS = (
-    "q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv", "dq_accum", "delta", "tickets", "alibi_slopes",
-    "cu_seqlens_q", "cu_seqlens_k", "seed",
+    "q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv", "dq_accum", "delta", "tickets", "o_parts",
+    "lse_parts", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seed",
 )  # fmt: skip
 _STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
@@ -46,7 +46,8 @@ PARAMS = np.dtype(
         ("drop_below", np.uint32),
         *((name, np.int32) for name in ("batch", "heads", "heads_kv", "group", "seqlen_q", "seqlen_k")),
         *((name, np.int32) for name in ("shift", "first_batch", "first_head", "first_row")),
-        *((name, np.int32) for name in ("total_q", "total_k", "left", "right", "row_blocks", "key_blocks", "section")),
+        *((name, np.int32) for name in ("total_q", "total_k", "left", "right", "row_blocks", "key_blocks")),
+        *((name, np.int32) for name in ("section", "parts")),
     ],
     align=True,
 )
@@ -103,7 +104,9 @@ def forward(
     """
     prepared = _prepare_forward(problem)
     tickets = workspace if prepared.plan.ticket_bytes else 0  # null: tiles by turns
-    others = (0, 0, 0, 0, 0, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    o_parts = workspace if prepared.plan.o_parts_bytes else 0
+    lse_parts = o_parts + prepared.plan.o_parts_bytes
+    others = (0, 0, 0, 0, 0, tickets, o_parts, lse_parts, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, q, k, v, 0, out, lse, others, stream)
 
 
@@ -121,7 +124,7 @@ def backward(
     delta = workspace if parts.delta_bytes else dq
     dq_accum = workspace + parts.delta_bytes
     tickets = dq_accum + parts.dq_accum_bytes
-    others = (dq, dk, dv, dq_accum, delta, tickets, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    others = (dq, dk, dv, dq_accum, delta, tickets, 0, 0, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, q, k, v, dout, out, lse, others, stream)
 
 
@@ -205,6 +208,7 @@ def device(ordinal: int) -> Device:
 @functools.lru_cache(maxsize=4096)
 def _prepare_forward(problem: Problem) -> _Prepared:
     chosen = plan.forward(problem, device(problem.device))
+    problem = plan.heads_as_rows(problem)
     return _prepare(problem, chosen, _params(problem, chosen))
 
 
@@ -232,7 +236,7 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
     params["keep_scale"] = 1.0 / (1.0 - problem.dropout)
     params["drop_below"] = int(problem.dropout * 2**32)
     params["row_blocks"], params["key_blocks"] = chosen.row_blocks, chosen.key_blocks
-    params["section"] = min(chosen.section, 2**30)
+    params["section"], params["parts"] = min(chosen.section, 2**30), chosen.parts
     return params
 
 

@@ -9,17 +9,19 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from anyattn import tensormap, wgmma
 from anyattn.compile import Spec, kept
-from anyattn.problem import ITEMSIZE, MAX_HEAD_DIM, UNBOUNDED, BackwardProblem, Problem
+from anyattn.problem import ITEMSIZE, MAX_HEAD_DIM, UNBOUNDED, BackwardProblem, Problem, Strides
 
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
 
 MAX_GRID = 2**31 - 1
+FEW_ROWS = 16  # one warp's
 FAMILIES = ("sm90", "sm80")  # of kernels, the best first; $ANYATTN_KERNEL names one to use in place of the best
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}  # in cuda_src
 
@@ -59,6 +61,9 @@ class Plan(NamedTuple):
     delta_bytes: int = 0  # parts of the workspace, one after another; without the first, delta lies in dq
     dq_accum_bytes: int = 0
     ticket_bytes: int = 0
+    o_parts_bytes: int = 0  # in the place of all of these, where keys are shared
+    lse_parts_bytes: int = 0
+    parts: int = 1  # thread blocks that share the keys of a block of rows (forward)
     section: int = 0  # heads whose tiles are worked on together
     boxes: tuple[tuple[str, int], ...] = ()  # arrays that go through tensor maps, and how many rows at a time
     refused: tuple[tuple[str, str], ...] = ()  # better families of kernels that don't take this call, and why
@@ -66,13 +71,40 @@ class Plan(NamedTuple):
     @property
     def workspace_bytes(self) -> int:
         """Device memory the call needs besides its arguments."""
-        return self.delta_bytes + self.dq_accum_bytes + self.ticket_bytes
+        backward = self.delta_bytes + self.dq_accum_bytes
+        return backward + self.ticket_bytes + self.o_parts_bytes + self.lse_parts_bytes
 
 
 @functools.lru_cache(maxsize=4096)
 def forward(problem: Problem, device: Device) -> Plan:
     """The plan of a forward call. Raises UnsupportedError."""
-    return _choose({"sm90": _forward_sm90, "sm80": _forward_sm80}, problem, device)
+    return _choose({"sm90": _forward_sm90, "sm80": _forward_sm80}, heads_as_rows(problem), device)
+
+
+def heads_as_rows(problem: Problem) -> Problem:
+    """The call as the kernels see it: where each query head has one row, those that share keys are rows of one head.
+
+    Then the keys are read once for all of them. Rows at different positions, or that differ by their head's number
+    (slopes, dropout), stay apart.
+    """
+    group = problem.heads // max(problem.heads_kv, 1)
+    alike = not (problem.varlen or problem.alibi or problem.dropout) and min(problem.left, problem.right) >= UNBOUNDED
+    if problem.seqlen_q != 1 or group <= 1 or not alike:
+        return problem
+
+    def rows(strides: Strides) -> Strides:
+        batch, head, _, column = strides
+        return batch, head * group, head, column
+
+    batch, head, _ = problem.lse_strides
+    return replace(
+        problem,
+        heads=problem.heads_kv,
+        seqlen_q=group,
+        q_strides=rows(problem.q_strides),
+        out_strides=rows(problem.out_strides),
+        lse_strides=(batch, head * group, head),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,6 +136,10 @@ def _choose(planners: Mapping[str, Callable[[_Call, Device], Plan]], call: _Call
 
 def _forward_sm90(problem: Problem, device: Device) -> Plan:
     _check_tma(problem, device)
+    tiles = _blocks(problem.seqlen_q, 128) * problem.heads * problem.batch
+    few = problem.seqlen_q <= FEW_ROWS or (4 * tiles <= device.multiprocessors and _most_keys(problem, 128) >= 2048)
+    if few and os.environ.get("ANYATTN_KERNEL") != "sm90":
+        raise UnsupportedError("these few rows are faster where thread blocks share their keys")
     tile = _tile("forward_sm90", problem, device, _forward_sm90_shared)
     consumers = tile["CONSUMERS"]
     producer_registers, consumer_registers = REGISTERS[consumers]
@@ -318,10 +354,41 @@ def _power_of_two(x: int) -> int:
 
 def _forward_sm80(problem: Problem, device: Device) -> Plan:
     tile = _tile("forward_sm80", problem, device, _forward_shared)
-    blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"])
-    constants = {**_problem_constants(problem, problem.align), **_tile_constants(tile), "SHARED_BYTES": tile["shared"]}
-    kernel = _kernel("forward_sm80", constants, device, blocks * problem.heads * problem.batch, 32 * tile["WARPS"])
-    return Plan((kernel,) if kernel.grid else (), row_blocks=blocks, key_blocks=0)
+    row_blocks = _blocks(problem.seqlen_q, tile["BLOCK_M"])
+    grid = row_blocks * problem.heads * problem.batch
+    parts = _key_parts(problem, device, tile, grid)
+    of_call = _problem_constants(problem, problem.align)
+    of_parts = {"PARTED": parts > 1, "PART_COLUMNS": _padded(problem.head_dim_v, 16 * tile["V_PARTS"])}
+    constants = {**of_call, **of_parts, **_tile_constants(tile), "SHARED_BYTES": tile["shared"]}
+    main = _kernel("forward_sm80", constants, device, grid * parts, 32 * tile["WARPS"])
+    if parts == 1:
+        return Plan((main,) if grid else (), row_blocks, key_blocks=0)
+
+    warps, row_bytes = 4, of_parts["PART_COLUMNS"] * ITEMSIZE[problem.lse_dtype]
+    constants = {**of_call, **of_parts, "WARPS": warps, "SHARED_BYTES": warps * row_bytes}
+    grid = problem.seqlen_q * problem.heads * problem.batch
+    combine = _kernel("forward_combine", constants, device, grid, 32 * warps)
+    rows = problem.heads * (problem.total_q if problem.varlen else problem.batch * problem.seqlen_q)
+    return Plan(
+        (main, combine),
+        row_blocks,
+        key_blocks=0,
+        o_parts_bytes=_aligned(rows * parts * row_bytes),
+        lse_parts_bytes=_aligned(rows * parts * ITEMSIZE[problem.lse_dtype]),
+        parts=parts,
+    )
+
+
+def _key_parts(problem: Problem, device: Device, tile: dict[str, Any], blocks: int) -> int:
+    """Thread blocks that share the keys of a block of rows: as many as the GPU holds, if each has work enough."""
+    keys = _most_keys(problem, tile["BLOCK_M"])
+    room = device.multiprocessors * int(tile["MIN_BLOCKS"]) // max(blocks, 1)
+    return max(1, min(room, keys // max(4 * int(tile["BLOCK_N"]), 256))) if keys >= 1024 else 1
+
+
+def _most_keys(problem: Problem, rows: int) -> int:
+    """Keys that some of so many rows see, at the most."""
+    return min(problem.seqlen_k, rows + problem.left + min(problem.right, problem.seqlen_q))
 
 
 def _backward_sm80(bp: BackwardProblem, device: Device) -> Plan:
@@ -427,6 +494,8 @@ def default_specs(arch: str) -> list[Spec]:
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
                 plain = partial(_plain, dtype, seqlen=tile.get("seqlen_q", 128))
+                if "most_rows" in tile:
+                    plain = partial(_plain, dtype, seqlen=tile["most_rows"], keys=4096)
                 if shared(tile, plain(tile["head_dim"])) > device.shared_bytes or add(plain(tile["head_dim"])):
                     continue
                 add(plain(tile["head_dim"], dropout=0.1))
@@ -482,7 +551,7 @@ def _tile(kernel: str, problem: Problem, device: Device, shared: Any) -> dict[st
         if (
             head_dim <= tile["head_dim"]
             and tile.get("arch", device.arch) == device.arch
-            and tile.get("seqlen_q", 0) <= problem.seqlen_q
+            and tile.get("seqlen_q", 0) <= problem.seqlen_q <= tile.get("most_rows", problem.seqlen_q)
         ):
             needed = shared(tile, problem)
             if needed <= device.shared_bytes:
@@ -564,13 +633,13 @@ def _aligned(size: int) -> int:
     return _padded(size, 256)
 
 
-def _plain(dtype: str, head_dim: int, seqlen: int, dropout: float = 0.0) -> Problem:
+def _plain(dtype: str, head_dim: int, seqlen: int, dropout: float = 0.0, keys: int | None = None) -> Problem:
     """A call with nothing special about it."""
-    from anyattn.problem import Options, View, dense
+    from anyattn.problem import Options, View, dense, row_major
 
-    shape = (1, seqlen, 8, head_dim)
-    view = View(0, shape, (seqlen * 8 * head_dim, 8 * head_dim, head_dim, 1), dtype, 0)
-    return dense(view, view, view, None, Options(dropout=dropout))
+    q, k = ((1, length, 8, head_dim) for length in (seqlen, keys or seqlen))
+    q_view, k_view = (View(0, shape, row_major(shape), dtype, 0) for shape in (q, k))
+    return dense(q_view, k_view, k_view, None, Options(dropout=dropout))
 
 
 def _plain_backward(problem: Problem) -> BackwardProblem:

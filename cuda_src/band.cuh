@@ -66,6 +66,11 @@ struct Band {
     int begin, end;
 
     __device__ __forceinline__ bool has(int block) const { return block >= begin && block < end; }
+    // One of `count` parts, about equal.
+    __device__ __forceinline__ Blocks part(int i, int count) const {
+      const int each = (end - begin) / count, more = (end - begin) % count;
+      return {begin + i * each + min(i, more), begin + (i + 1) * each + min(i + 1, more)};
+    }
   };
 
   // Blocks of keys that rows [first, first + count) may see.

@@ -10,6 +10,9 @@
 //       O = O + dropout(P) V           P stays in registers
 //     write O / l and LSE = m + log(l)
 //
+// Where few rows see many keys, several thread blocks share them (PARTED): each writes O and LSE of its part, and
+// forward_combine.cu adds them up.
+//
 // K and V have one buffer each: while S is computed V arrives, while O is computed the next K does.  Where the
 // registers of one warp can't hold the rows of O, V_PARTS warps share them: each computes the same S, and O for its
 // part of the columns.
@@ -45,8 +48,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const int warp = threadIdx.x / 32 % ROW_WARPS, part = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
 
   // Later rows see more keys under a causal mask: they go first, so that the last blocks to run are short.
-  const int block_m = p.row_blocks - 1 - blockIdx.x % p.row_blocks;
-  const int head = blockIdx.x / p.row_blocks % p.heads, batch = blockIdx.x / p.row_blocks / p.heads;
+  const int index = PARTED ? blockIdx.x / p.parts : blockIdx.x;
+  const int block_m = p.row_blocks - 1 - index % p.row_blocks;
+  const int head = index / p.row_blocks % p.heads, batch = index / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
   const int first_row = block_m * BLOCK_M;
   if (first_row >= sequence.seqlen_q) return;
@@ -71,7 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   };
 
   const int last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
-  const Band::Blocks blocks = band.key_blocks(first_row, BLOCK_M, BLOCK_N);
+  const Band::Blocks seen = band.key_blocks(first_row, BLOCK_M, BLOCK_N);
+  const Band::Blocks blocks = PARTED ? seen.part(blockIdx.x % p.parts, p.parts) : seen;
   const int row0 = first_row + warp * WARP_ROWS + lane / 4;  // of this lane's first accumulator
 
   typename SoftmaxOf<Element, M>::Type softmax;
@@ -117,6 +122,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 
     const RegisterOperand<Element, M, N> p_operand{s};
     gemm<Element, BLOCK_N / K_STEP, STEPS>(o, p_operand, v_operand);
+  }
+
+  if constexpr (PARTED) {
+    static_assert(PART_COLUMNS == DV);
+    const int share = recompute(blockIdx.x) % p.parts;  // anew: the loop has no register to keep it in
+    const long long first = sequence.workspace_row(p, recompute(head));
+#pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {
+      const int m = i / 2, half = i % 2, row = row0 + 16 * m + 8 * half;
+      const Accum l = softmax.total(m, half), inverse = l == 0 ? 0 : static_cast<Accum>(p.keep_scale) / l;
+      if (row >= sequence.seqlen_q) continue;
+      const long long to = (first + row) * p.parts + share;
+      if (lane % 4 == 0 && part == 0)
+        static_cast<Accum*>(p.lse_parts)[to] =
+            l == 0 ? minus_infinity<Accum>() : softmax.lse2(m, half, l, score.factor);
+      Accum* const o_part = static_cast<Accum*>(p.o_parts) + to * DV + part * (DV / V_PARTS) + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 2 * N_OUT; ++n) o_part[n / 2 * 8 + n % 2] = o[m][n / 2][2 * half + n % 2] * inverse;
+    }
+    return;
   }
 
   // A NaN or inf in the V of a key that only some rows see has spoilt its column in all of them: any row tells.

@@ -11,6 +11,7 @@ struct Params {
   void *out, *lse, *dq, *dk, *dv;
   void *dq_accum, *delta;  // workspace of the backward pass; delta may lie in dq
   int* tickets;            // counters: of tiles taken (null: by turns), of additions to each block of rows (backward)
+  void *o_parts, *lse_parts;  // workspace of the forward pass, where several thread blocks share the keys of a row
   const float* alibi_slopes;
   const int *cu_seqlens_q, *cu_seqlens_k;  // varlen only
   unsigned long long seed;
@@ -27,6 +28,7 @@ struct Params {
   int left, right;                         // the window
   int row_blocks, key_blocks;              // blocks of rows and of keys for each head
   int section;                             // heads whose tiles are worked on together
+  int parts;                               // thread blocks that share the keys of a row
 };
 
 struct alignas(64) TensorMap {  // a CUtensorMap, from anyattn/tensormap.py

@@ -443,6 +443,18 @@ CORNERS = [
     ),
     Case("one_key", seqlen_q=65, seqlen_k=1),
     Case("decode", seqlen_q=1, seqlen_k=300, heads=8, heads_kv=2, head_dim=128, head_dim_v=128, causal=True),
+    *(  # few rows: thread blocks share the keys
+        Case(f"few_rows_{name}", **{"batch": 1, "heads": 4, "seqlen_k": 2100, "head_dim": 64, "head_dim_v": 64, **rest})
+        for name, rest in {
+            "decode": {"heads": 8, "seqlen_q": 1, "head_dim": 128, "head_dim_v": 128, "causal": True},
+            "decode_window": {"batch": 2, "seqlen_q": 1, "window": (1700, 0), "strides": "columns"},
+            "softcap": {"heads_kv": 4, "seqlen_q": 9, "head_dim": 80, "head_dim_v": 37, "causal": True, "softcap": 2.0},
+            "dropout": {"seqlen_q": 3, "dropout": 0.2, "alibi": "bh", "layout": "bhsd"},
+            "wide": {"seqlen_q": 2, "head_dim": 256, "head_dim_v": 256, "scale": -0.1},
+            "more": {"heads": 2, "seqlen_q": 70, "seqlen_k": 4100, "head_dim": 128, "window": (3000, 0)},
+            "varlen": {"lengths": ((3, 2600), (1, 0), (2, 1500), (0, 5), (5, 2100)), "causal": True},
+        }.items()
+    ),
     Case("two_dimensional", batch=1, heads=1, heads_kv=1, ndim=2, seqlen_q=65, seqlen_k=129, causal=True),
     Case("two_dimensional_columns", batch=1, heads=1, heads_kv=1, ndim=2, layout="bhsd", strides="columns"),
     _square("window_0", 129, 64, window=0),

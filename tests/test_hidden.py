@@ -27,6 +27,7 @@ CASES = [
     Case("rows_that_see_nothing", 1, 2, 2, seqlen_q=192, seqlen_k=65, causal=True),
     Case("wide", 1, 1, 1, seqlen_q=100, seqlen_k=140, head_dim=256, head_dim_v=256, window=(-1, 3)),
     Case("of_192", 1, 2, 1, seqlen_q=100, seqlen_k=140, head_dim=192, head_dim_v=144, window=(60, 3)),
+    Case("few_rows", 1, 2, 1, seqlen_q=5, seqlen_k=1500, causal=True),
     Case("packed", heads=2, heads_kv=1, causal=True, lengths=((70, 70), (1, 90), (65, 130))),
 ]  # fmt: skip
 JOBS = [Job(case, dtype, deterministic=bool(i % 2)) for i, case in enumerate(CASES) for dtype in DTYPES]

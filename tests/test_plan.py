@@ -8,12 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anyattn import launch, plan, wgmma
 from anyattn.plan import Device, UnsupportedError
-from anyattn.problem import ITEMSIZE, BackwardProblem, Options, Problem, View, backward, dense
+from anyattn.problem import ITEMSIZE, BackwardProblem, Options, Problem, View, backward, dense, row_major
 
 HOPPER = Device("sm_90a", plan.SHARED_BYTES["sm_90a"])
 ADA = Device("sm_89", plan.SHARED_BYTES["sm_89"])
@@ -135,6 +136,62 @@ def test_hopper_backward_to_128() -> None:
         assert chosen.dq_accum_bytes == blocks * 64 * -(-options["head_dim"] // 16) * 16 * 4
         assert chosen.ticket_bytes == 256
         assert main.shared_bytes <= HOPPER.shared_bytes
+
+
+def decode(batch: int = 2, rows: int = 1, keys: int = 4096, heads_kv: int = 2, **options: Any) -> Problem:
+    """Few rows of 8 heads that see many keys."""
+    shapes = (batch, rows, 8, 128), (batch, keys, heads_kv, 128)
+    q, k = (View(0, shape, row_major(shape), "bfloat16", 0) for shape in shapes)
+    return dense(q, k, k, None, Options(**options))
+
+
+def test_heads_that_share_keys_become_rows() -> None:
+    rows = plan.heads_as_rows(decode(causal=True))
+    assert (rows.heads, rows.heads_kv, rows.seqlen_q) == (2, 2, 4)
+    assert rows.q_strides == (8 * 128, 4 * 128, 128, 1)
+    assert rows.out_strides == (8 * 128, 4 * 128, 128, 1)
+    assert rows.lse_strides == (8, 4, 1)
+    for other in (
+        decode(window=(100, 0)),  # rows at other positions would see other keys
+        decode(dropout=0.1),
+        replace(decode(), alibi=True),
+        replace(decode(), varlen=True),
+        decode(rows=2),
+        decode(heads_kv=8),
+        replace(decode(), heads=0, heads_kv=0),
+    ):
+        assert plan.heads_as_rows(other) is other
+
+
+def test_few_rows_share_their_keys_among_thread_blocks() -> None:
+    chosen = plan.forward(decode(), HOPPER)
+    main, combine = chosen.kernels
+    assert (main.name, combine.name) == ("forward_sm80", "forward_combine")
+    assert (main.grid, combine.grid) == (2 * 2 * chosen.parts, 2 * 2 * 4)
+    assert chosen.parts == 4096 // 256
+    assert constants(main)["PARTED"]
+    assert chosen.workspace_bytes == 16 * chosen.parts * (128 + 1) * 4
+    long = plan.forward(decode(keys=2**20), HOPPER)
+    assert long.parts == HOPPER.multiprocessors * 5 // 4  # as many as there is room for
+    windowed = plan.forward(decode(window=(300, 0)), HOPPER)
+    assert windowed.parts == 1  # of few keys
+    assert windowed.workspace_bytes == 0
+    for alone in (decode(keys=1023), decode(batch=200)):
+        assert [kernel.name for kernel in plan.forward(alone, HOPPER).kernels] == ["forward_sm80"]
+
+
+def test_hopper_takes_rows_that_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [decode(rows=n, heads_kv=8) for n in (1, 16, 17, 256)] + [decode(rows=16, keys=16)]
+    many = [decode(rows=257), decode(rows=17, keys=2047), decode(rows=17, window=(1500, 0)), decode(rows=17, batch=5)]
+    for of in few:
+        chosen = plan.forward(of, HOPPER)
+        assert chosen.kernels[0].name == "forward_sm80"
+        assert chosen.refused == (("sm90", "these few rows are faster where thread blocks share their keys"),)
+    for of in many:
+        assert [kernel.name for kernel in plan.forward(of, HOPPER).kernels] == ["forward_sm90"]
+    monkeypatch.setenv("ANYATTN_KERNEL", "sm90")
+    for of in few:
+        assert plan.forward.__wrapped__(of, HOPPER).kernels[0].name == "forward_sm90"
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

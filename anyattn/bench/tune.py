@@ -130,7 +130,7 @@ def entries(table: Table, kernel: str, cell: Cell, arch: str) -> list[Tile]:
     return [
         {"head_dim": tile["head_dim"], **{knob: n for knob, n in tile.items() if knob.isupper()}}
         for tile in table[kernel].get(cell.group, [])
-        if tile["head_dim"] >= cell.head_dim and tile.get("arch", arch) == arch
+        if tile["head_dim"] >= cell.head_dim and tile.get("arch", arch) == arch and "most_rows" not in tile
     ]
 
 
