@@ -21,7 +21,6 @@ from anyattn.problem import ITEMSIZE, MAX_HEAD_DIM, UNBOUNDED, BackwardProblem, 
 __all__ = ["Device", "Kernel", "Plan", "UnsupportedError", "backward", "default_specs", "forward"]
 
 MAX_GRID = 2**31 - 1
-FEW_ROWS = 16  # one warp's
 FAMILIES = ("sm90", "sm80")  # of kernels, the best first; $ANYATTN_KERNEL names one to use in place of the best
 ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double"}  # in cuda_src
 
@@ -136,10 +135,8 @@ def _choose(planners: Mapping[str, Callable[[_Call, Device], Plan]], call: _Call
 
 def _forward_sm90(problem: Problem, device: Device) -> Plan:
     _check_tma(problem, device)
-    tiles = _blocks(problem.seqlen_q, 128) * problem.heads * problem.batch
-    few = problem.seqlen_q <= FEW_ROWS or (4 * tiles <= device.multiprocessors and _most_keys(problem, 128) >= 2048)
-    if few and os.environ.get("ANYATTN_KERNEL") != "sm90":
-        raise UnsupportedError("these few rows are faster where thread blocks share their keys")
+    if os.environ.get("ANYATTN_KERNEL") != "sm90" and (reason := _better_elsewhere(problem, device)):
+        raise UnsupportedError(reason)
     tile = _tile("forward_sm90", problem, device, _forward_sm90_shared)
     consumers = tile["CONSUMERS"]
     producer_registers, consumer_registers = REGISTERS[consumers]
@@ -194,6 +191,18 @@ def _check_tma(problem: Problem, device: Device) -> None:
     ):
         if reason := tensormap.refusal(strides, rows, problem.itemsize):
             raise UnsupportedError(f"they load through tensor maps, but {name} {reason}")
+
+
+def _better_elsewhere(problem: Problem, device: Device) -> str | None:
+    """Why the portable kernel is faster (as measured on an H200), or None."""
+    keys = _most_keys(problem, 128)
+    narrow = max(problem.head_dim, problem.head_dim_v) <= 128
+    if problem.seqlen_q <= 16 or (problem.seqlen_q <= 64 and keys <= 128 and narrow):
+        return "smaller tiles are faster for so few rows"
+    tiles = _blocks(problem.seqlen_q, 128) * problem.heads * problem.batch
+    if 4 * tiles <= device.multiprocessors and keys >= 2048:
+        return "for so few rows it is faster that thread blocks share the keys"
+    return None
 
 
 def _backward_sm90(bp: BackwardProblem, device: Device) -> Plan:

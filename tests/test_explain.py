@@ -121,7 +121,7 @@ def test_why_not_the_hopper_kernels(call: str, reason: str) -> None:
     told = explain(call)
     assert told.forward.kernels[0].kernel == "forward_sm80"
     assert f"not the sm90 kernels: {reason}" in str(told)
-    taken = explain("1,64,1,64,bfloat16,arch=sm_90a").forward
+    taken = explain("1,512,1,64,bfloat16,arch=sm_90a").forward
     assert taken.kernels[0].kernel == "forward_sm90"
     assert taken.refused == ()
 

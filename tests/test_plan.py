@@ -181,16 +181,24 @@ def test_few_rows_share_their_keys_among_thread_blocks() -> None:
 
 
 def test_hopper_takes_rows_that_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [decode(rows=n, heads_kv=8) for n in (1, 16, 17, 256)] + [decode(rows=16, keys=16)]
+    shared, small = (
+        "for so few rows it is faster that thread blocks share the keys",
+        "smaller tiles are faster for so few rows",
+    )
+    few = [(decode(rows=n, heads_kv=8), small) for n in (1, 16)] + [
+        (decode(rows=n, heads_kv=8), shared) for n in (17, 256)
+    ]
+    few += [(decode(rows=64, keys=128), small)]
     many = [decode(rows=257), decode(rows=17, keys=2047), decode(rows=17, window=(1500, 0)), decode(rows=17, batch=5)]
-    for of in few:
+    many += [decode(rows=65, keys=128), decode(rows=64, keys=129), replace(decode(rows=64, keys=128), head_dim=136)]
+    for of, reason in few:
         chosen = plan.forward(of, HOPPER)
         assert chosen.kernels[0].name == "forward_sm80"
-        assert chosen.refused == (("sm90", "these few rows are faster where thread blocks share their keys"),)
+        assert chosen.refused == (("sm90", reason),)
     for of in many:
         assert [kernel.name for kernel in plan.forward(of, HOPPER).kernels] == ["forward_sm90"]
     monkeypatch.setenv("ANYATTN_KERNEL", "sm90")
-    for of in few:
+    for of, _ in few:
         assert plan.forward.__wrapped__(of, HOPPER).kernels[0].name == "forward_sm90"
 
 
