@@ -150,7 +150,7 @@ def cache_dir() -> Path:
 def kept(name: str, text: str, parse: Callable[[str], Any]) -> Any:
     """parse(text), of what JSON can hold: from the disk cache, once a process has put it there."""
     folder = cache_dir()
-    path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()}.json"
+    path = folder / f"kept-{name}-{hashlib.sha256(text.encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.sha256(entry["content"].encode()).hexdigest() == entry["sha256"]:

@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const int warp = threadIdx.x / 32 % ROW_WARPS, part = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
 
   // Later rows see more keys under a causal mask: they go first, so that the last blocks to run are short.
-  const int index = PARTED ? blockIdx.x / p.parts : blockIdx.x;
+  const unsigned index = PARTED ? blockIdx.x / p.parts : blockIdx.x;
   const int block_m = p.row_blocks - 1 - index % p.row_blocks;
   const int head = index / p.row_blocks % p.heads, batch = index / p.row_blocks / p.heads;
   const Sequence sequence(p, batch);
