@@ -123,7 +123,10 @@ def _slice(x: range) -> slice:
 
 
 def _bytes(problem: Problem, backward: bool) -> tuple[int, int]:
-    """GPU memory for a row of all the query heads of a K/V head, and for one of its keys; never too little."""
+    """GPU memory for a row of all the query heads of a K/V head, and for one of its keys; never too little.
+
+    But for what lies beside: the parts of O where thread blocks share keys, some tens of MiB at the most.
+    """
     group, columns = problem.heads // problem.heads_kv, problem.head_dim + problem.head_dim_v
     accum, arrays = ITEMSIZE[problem.lse_dtype], 2 if backward else 1  # gradients are as large as what they are of
     row = arrays * columns * problem.itemsize + accum

@@ -96,10 +96,10 @@ def forward(
     problem: Problem, q: int, k: int, v: int, out: int, lse: int, stream: int,
     *, alibi: int = 0, cu_seqlens_q: int = 0, cu_seqlens_k: int = 0, seed: int = 0, workspace: int = 0,
 ) -> None:  # fmt: skip
-    """Launch the forward kernel of a problem on a stream (a CUstream handle; 0 is the legacy default stream).
+    """Launch the forward kernels of a problem on a stream (a CUstream handle; 0 is the legacy default stream).
 
     All arguments but seed are device pointers of arrays as the problem describes them; lse may be 0 if nobody wants it.
-    `workspace` points to workspace_bytes(problem) bytes of any content, if any.
+    `workspace` points to workspace_bytes(problem) bytes of any content, 256-byte aligned, if any.
     Raises UnsupportedError when no kernel takes the problem, compile.CompileError when it can't be built.
     """
     prepared = _prepare_forward(problem)

@@ -391,8 +391,12 @@ def _forward_sm80(problem: Problem, device: Device) -> Plan:
 def _key_parts(problem: Problem, device: Device, tile: dict[str, Any], blocks: int) -> int:
     """Thread blocks that share the keys of a block of rows: as many as the GPU holds, if each has work enough."""
     keys = _most_keys(problem, tile["BLOCK_M"])
-    room = device.multiprocessors * int(tile["MIN_BLOCKS"]) // max(blocks, 1)
-    return max(1, min(room, keys // max(4 * int(tile["BLOCK_N"]), 256))) if keys >= 1024 else 1
+    # A packed array with room for more rows than the sequences may have would take as much more workspace.
+    spare = problem.varlen and problem.total_q > problem.batch * problem.seqlen_q
+    if blocks == 0 or keys < 1024 or spare:
+        return 1
+    room = device.multiprocessors * int(tile["MIN_BLOCKS"]) // blocks
+    return max(1, min(room, keys // max(4 * int(tile["BLOCK_N"]), 256)))
 
 
 def _most_keys(problem: Problem, rows: int) -> int:
@@ -476,8 +480,8 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
 def default_specs(arch: str) -> list[Spec]:
     """What `anyattn compile` builds: every kernel with every tile that fits an architecture.
 
-    For a plain call of its head dim; where that takes another kernel, for one with dropout, and for the plain call of
-    the greatest head dim that doesn't.
+    For a plain call of its head dim (tiles of few rows: one of many keys); where that takes another kernel, for one
+    with dropout, and for the plain call of the greatest head dim that doesn't.
     """
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}

@@ -431,7 +431,9 @@ CORNERS = [
     Case("rows_past_the_window", seqlen_q=300, seqlen_k=64, window=(7, 7)),
     Case("no_keys", seqlen_q=17, seqlen_k=0),
     Case("no_queries", seqlen_q=0, seqlen_k=17, causal=True),
+    Case("no_queries_of_many_keys", seqlen_q=0, seqlen_k=1100),
     Case("no_batch", batch=0),
+    Case("no_batch_of_many_keys", batch=0, seqlen_q=1, seqlen_k=1100),
     Case("no_heads", heads=0),
     *(
         _square(f"half_a_tile_{name}", seqlen, 128, batch=1, **mask)  # the lengths that cuDNN once got wrong

@@ -14,7 +14,7 @@ import pytest
 
 from anyattn import launch, plan, wgmma
 from anyattn.plan import Device, UnsupportedError
-from anyattn.problem import ITEMSIZE, BackwardProblem, Options, Problem, View, backward, dense, row_major
+from anyattn.problem import ITEMSIZE, BackwardProblem, Options, Problem, View, backward, dense, row_major, varlen
 
 HOPPER = Device("sm_90a", plan.SHARED_BYTES["sm_90a"])
 ADA = Device("sm_89", plan.SHARED_BYTES["sm_89"])
@@ -178,6 +178,20 @@ def test_few_rows_share_their_keys_among_thread_blocks() -> None:
     assert windowed.workspace_bytes == 0
     for alone in (decode(keys=1023), decode(batch=200)):
         assert [kernel.name for kernel in plan.forward(alone, HOPPER).kernels] == ["forward_sm80"]
+    for empty in (decode(batch=0), decode(rows=0), replace(decode(), heads=0, heads_kv=0), decode(batch=0, rows=4096)):
+        for device in (HOPPER, ADA):
+            assert plan.forward(empty, device).kernels == ()
+
+
+def test_packed_rows_that_share_keys() -> None:
+    """The workspace is for the rows that there can be, not for a larger array that holds them."""
+    rows, keys, cu = (4, 8, 128), (9000, 2, 128), View(0, (3,), (1,), "int32", 0)
+    q, k = (View(0, shape, row_major(shape), "bfloat16", 0) for shape in (rows, keys))
+    packed = varlen(q, k, k, cu, cu, 2, 8000, None, Options())
+    chosen = plan.forward(packed, HOPPER)
+    assert chosen.parts > 1
+    assert chosen.o_parts_bytes == 4 * 8 * chosen.parts * 128 * 4
+    assert plan.forward(replace(packed, total_q=5), HOPPER).workspace_bytes == 0
 
 
 def test_hopper_takes_rows_that_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:

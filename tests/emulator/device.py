@@ -117,6 +117,7 @@ class _Emulator:
     ) -> None:  # fmt: skip
         assert hasattr(self.thread, "context"), "this thread has named no device"
         assert (y, z, threads_y, threads_z, extra) == (1, 1, 1, 1, 0)
+        assert grid > 0, "the driver refuses a launch without thread blocks"
         # What lies between the guard bands of tests.device.Memory.
         guard = device_tests.GUARD
         spans = [(array.data.ptr + guard, array.nbytes - 2 * guard) for array in self.arrays]
