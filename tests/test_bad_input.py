@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -230,6 +232,29 @@ def test_no_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(error, match=text):
         anyattn.attention(large, large, large, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [
+        (0, r"there is no NVIDIA driver here: a GPU needs one for CUDA 12 or later"),
+        (11080, r"no NVIDIA GPU is usable here, with a driver for CUDA 11\.8 \(insufficient driver\)"),
+    ],
+)
+def test_no_driver_for_it(driver: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        raise RuntimeError("insufficient driver")
+
+    runtime = types.SimpleNamespace(getDeviceCount=count, driverGetVersion=lambda: driver)
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)  # type: ignore[misc]
+    monkeypatch.setattr(launch, "_no_gpu", launch._no_gpu.__wrapped__)
+    with pytest.raises(anyattn.UnsupportedError, match=message):
+        anyattn.attention(Q, K, V, backend="cuda")
+
+
+def test_the_errors_are_listed() -> None:
+    assert set(anyattn.__all__) <= set(dir(anyattn))
 
 
 def test_unknown_keyword() -> None:
