@@ -26,7 +26,7 @@ __all__ = ["PARAMS", "PRELUDE", "UnsupportedError", "available", "backward", "de
 
 POINTERS = (
     "q", "k", "v", "dout", "out", "lse", "dq", "dk", "dv", "dq_accum", "delta", "tickets", "o_parts",
-    "lse_parts", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seed",
+    "softmax_parts", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seed",
 )  # fmt: skip
 _STRIDES = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
@@ -105,8 +105,8 @@ def forward(
     prepared = _prepare_forward(problem)
     tickets = workspace if prepared.plan.ticket_bytes else 0  # null: tiles by turns
     o_parts = workspace if prepared.plan.o_parts_bytes else 0
-    lse_parts = o_parts + prepared.plan.o_parts_bytes
-    others = (0, 0, 0, 0, 0, tickets, o_parts, lse_parts, alibi, cu_seqlens_q, cu_seqlens_k, seed)
+    softmax_parts = o_parts + prepared.plan.o_parts_bytes
+    others = (0, 0, 0, 0, 0, tickets, o_parts, softmax_parts, alibi, cu_seqlens_q, cu_seqlens_k, seed)
     _launch(prepared, q, k, v, 0, out, lse, others, stream)
 
 

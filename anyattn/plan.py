@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     dq_accum_bytes: int = 0
     ticket_bytes: int = 0
     o_parts_bytes: int = 0  # in the place of all of these, where keys are shared
-    lse_parts_bytes: int = 0
+    softmax_parts_bytes: int = 0
     parts: int = 1  # thread blocks that share the keys of a block of rows (forward)
     section: int = 0  # heads whose tiles are worked on together
     boxes: tuple[tuple[str, int], ...] = ()  # arrays that go through tensor maps, and how many rows at a time
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
     def workspace_bytes(self) -> int:
         """Device memory the call needs besides its arguments."""
         backward = self.delta_bytes + self.dq_accum_bytes
-        return backward + self.ticket_bytes + self.o_parts_bytes + self.lse_parts_bytes
+        return backward + self.ticket_bytes + self.o_parts_bytes + self.softmax_parts_bytes
 
 
 @functools.lru_cache(maxsize=4096)
@@ -383,7 +383,7 @@ def _forward_sm80(problem: Problem, device: Device) -> Plan:
         row_blocks,
         key_blocks=0,
         o_parts_bytes=_aligned(rows * parts * row_bytes),
-        lse_parts_bytes=_aligned(rows * parts * ITEMSIZE[problem.lse_dtype]),
+        softmax_parts_bytes=_aligned(rows * parts * 2 * ITEMSIZE[problem.lse_dtype]),
         parts=parts,
     )
 

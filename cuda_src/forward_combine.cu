@@ -1,11 +1,12 @@
-// Last step of a forward pass in which several thread blocks shared the keys of a row: O and LSE from those of the
-// parts.
+// Last step of a forward pass in which several thread blocks shared the keys of a row: O and LSE from O and l of the
+// parts, which have maxima m of their own.
 //
-//   m = max of the parts' LSE,  w = exp(LSE - m),  O = sum(w O) / sum(w),  LSE = m + log(sum(w))
+//   m' = max(m),  w = exp(m - m'),  l' = sum(w l),  O' = sum(w O) / l',  LSE = m' + log(l')
 //
 // A thread block has one row; its warps take the parts in turn, a lane a pair of columns in each 64.
 #include "forward_row.cuh"
 #include "ptx/memory.cuh"
+#include "softmax.cuh"
 
 using Accum = Traits<Element>::Accum;
 
@@ -24,23 +25,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) forward_combine(const _
   if (row >= sequence.seqlen_q) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const long long first = (sequence.workspace_row(p, head) + row) * p.parts;
-  const Accum* const lse_parts = static_cast<const Accum*>(p.lse_parts) + first;
+  const auto* const softmax_parts = static_cast<const SoftmaxPart<Accum>*>(p.softmax_parts) + first;
   const Pair* const o_parts = static_cast<const Pair*>(p.o_parts) + first * (PART_COLUMNS / 2);
 
   Accum m = minus_infinity<Accum>(), l = 0;
-  for (int i = lane; i < p.parts; i += 32) m = max(m, lse_parts[i]);
+  for (int i = lane; i < p.parts; i += 32) {
+    const SoftmaxPart<Accum> x = softmax_parts[i];
+    if (x.sum != 0) m = max(m, x.shift);
+  }
   for (int mask = 16; mask > 0; mask /= 2) m = max(m, __shfl_xor_sync(~0u, m, mask));
-  const auto weight = [&](int i) {  // m passes over NaN, this does not
-    const Accum x = lse_parts[i];
-    return x == minus_infinity<Accum>() ? 0 : exp2(x - m);
-  };
-  for (int i = lane; i < p.parts; i += 32) l += weight(i);
+  const auto weight = [&](const SoftmaxPart<Accum>& x) { return x.sum == 0 ? 0 : exp2(x.shift - m); };
+  for (int i = lane; i < p.parts; i += 32) l += weight(softmax_parts[i]) * softmax_parts[i].sum;
   for (int mask = 16; mask > 0; mask /= 2) l += __shfl_xor_sync(~0u, l, mask);
 
   Pair o[PAIRS] = {};
 #pragma unroll 4
   for (int i = warp; i < p.parts; i += WARPS) {
-    const Accum w = weight(i);
+    const Accum w = weight(softmax_parts[i]);
 #pragma unroll
     for (int n = 0; n < PAIRS; ++n) {
       if (lane + 32 * n >= PART_COLUMNS / 2) continue;
@@ -55,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) forward_combine(const _
   __syncthreads();
   if (warp > 0) return;
 
+  const Accum inverse = l == 0 ? 0 : static_cast<Accum>(p.keep_scale) / l;
   bool spoilt = false;  // by a NaN or inf in the V of a key that the row does not see, perhaps
   const auto out = sequence.rows_q(static_cast<Element*>(p.out), p.out_strides, head);
 #pragma unroll
@@ -72,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) forward_combine(const _
     for (int i = 0; i < 2; ++i) {
       if (column + i >= HEAD_DIM_V) continue;
       spoilt |= !is_finite(x[i]);
-      out.at(row, column + i) = narrow(l == 0 ? 0 : x[i] / l, Element{});
+      out.at(row, column + i) = narrow(x[i] * inverse, Element{});
     }
   }
   if (p.lse != nullptr && lane == 0)

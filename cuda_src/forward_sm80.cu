@@ -10,8 +10,8 @@
 //       O = O + dropout(P) V           P stays in registers
 //     write O / l and LSE = m + log(l)
 //
-// Where few rows see many keys, several thread blocks share them (PARTED): each writes O and LSE of its part, and
-// forward_combine.cu adds them up.
+// Where few rows see many keys, several thread blocks share them (PARTED): each writes O, not yet divided, and l of its
+// part, and forward_combine.cu adds them up.
 //
 // K and V have one buffer each: while S is computed V arrives, while O is computed the next K does.  Where the
 // registers of one warp can't hold the rows of O, V_PARTS warps share them: each computes the same S, and O for its
@@ -131,15 +131,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const int m = i / 2, half = i % 2, row = row0 + 16 * m + 8 * half;
-      const Accum l = softmax.total(m, half), inverse = l == 0 ? 0 : static_cast<Accum>(p.keep_scale) / l;
+      const Accum l = softmax.total(m, half);
       if (row >= sequence.seqlen_q) continue;
       const long long to = (first + row) * p.parts + share;
       if (lane % 4 == 0 && part == 0)
-        static_cast<Accum*>(p.lse_parts)[to] =
-            l == 0 ? minus_infinity<Accum>() : softmax.lse2(m, half, l, score.factor);
+        static_cast<SoftmaxPart<Accum>*>(p.softmax_parts)[to] = softmax.part(m, half, l, score.factor);
       Accum* const o_part = static_cast<Accum*>(p.o_parts) + to * DV + part * (DV / V_PARTS) + lane % 4 * 2;
 #pragma unroll
-      for (int n = 0; n < 2 * N_OUT; ++n) o_part[n / 2 * 8 + n % 2] = o[m][n / 2][2 * half + n % 2] * inverse;
+      for (int n = 0; n < 2 * N_OUT; ++n) o_part[n / 2 * 8 + n % 2] = o[m][n / 2][2 * half + n % 2];
     }
     return;
   }

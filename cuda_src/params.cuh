@@ -11,7 +11,7 @@ struct Params {
   void *out, *lse, *dq, *dk, *dv;
   void *dq_accum, *delta;  // workspace of the backward pass; delta may lie in dq
   int* tickets;            // counters: of tiles taken (null: by turns), of additions to each block of rows (backward)
-  void *o_parts, *lse_parts;  // workspace of the forward pass, where several thread blocks share the keys of a row
+  void *o_parts, *softmax_parts;  // workspace of the forward pass, where several thread blocks share the keys of a row
   const float* alibi_slopes;
   const int *cu_seqlens_q, *cu_seqlens_k;  // varlen only
   unsigned long long seed;

@@ -7,6 +7,13 @@
 
 constexpr int MAX_AHEAD = 8;  // powers of two by which a score may exceed the maximum that P is taken under
 
+// What a row's scores, or a part of them, come to: sum(exp2(factor * score - shift)); 0 where it saw none.  In large
+// numbers their logarithm would have no digits left for the sum.
+template <class Accum>
+struct alignas(2 * sizeof(Accum)) SoftmaxPart {
+  Accum shift, sum;
+};
+
 // The largest of a row, from what its four lanes have.
 template <class Accum>
 __device__ __forceinline__ Accum max_of_row(Accum x) {
@@ -146,6 +153,10 @@ struct Softmax {
   // The whole row's sum.
   __device__ __forceinline__ Accum total(int tile, int half) const { return sum_of_row(l[tile][half]); }
 
+  __device__ __forceinline__ SoftmaxPart<Accum> part(int tile, int half, Accum total, Accum factor) const {
+    return {shift(tile, half, factor), total};
+  }
+
   // LSE of a row with that total, in powers of two.
   __device__ __forceinline__ Accum lse2(int tile, int half, Accum total, Accum factor) const {
     return shift(tile, half, factor) + log2(total);
@@ -207,6 +218,10 @@ struct LazySoftmax {
   }
 
   __device__ __forceinline__ Accum total(int tile, int half) const { return sum_of_row(l[tile][half]); }
+
+  __device__ __forceinline__ SoftmaxPart<Accum> part(int tile, int half, Accum total, Accum) const {
+    return {shift[tile][half], total};
+  }
 
   __device__ __forceinline__ Accum lse2(int tile, int half, Accum total, Accum) const {
     return shift[tile][half] + log2(total);

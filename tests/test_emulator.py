@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 from anyattn import compile as compiler
+from anyattn import plan
 from anyattn.compile import Spec
 from tests.cases import BY_NAME, CASES, DTYPES, Case, Inputs, Results, check
 from tests.device import Call, Job
 from tests.emulator import build
 from tests.emulator.device import DEVICE, EmulationError, Timing, emulated
 from tests.emulator.translate import translate
+from tests.test_hard_use import check_alike_scores
 from tests.test_hidden import check_hidden
 
 pytestmark = pytest.mark.skipif(
@@ -134,6 +136,20 @@ def test_hidden_values(head_dim: int) -> None:
             return call.results()
 
     check_hidden(case, "bfloat16", compute)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parts_weigh_by_their_sums(dtype: str) -> None:
+    def compute(case: Case, inputs: Inputs) -> Results:
+        device = DEVICE._replace(multiprocessors=8)
+        with emulated(RANDOM, device=device):
+            call = Call(inputs)
+            assert plan.forward(call.bp.problem, device).parts > 1
+            call.forward()
+            call.backward()
+            return call.results()
+
+    check_alike_scores(dtype, compute)
 
 
 # --- planted faults --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -131,6 +132,30 @@ def test_last_keys_far_below_all_others_on_a_gpu(job: Job, kernels: str, monkeyp
     if kernels:
         monkeypatch.setenv("ANYATTN_KERNEL", kernels)
     check_low_last_keys(job.case, job.dtype, run_on_gpu)
+
+
+ALIKE = Case("large_alike_scores", 1, 2, 2, seqlen_q=2, seqlen_k=4200, head_dim=64, head_dim_v=64, scale=1.0)
+
+
+def check_alike_scores(dtype: str, run: Callable[[Case, Inputs], Results]) -> None:
+    """All keys weigh the same, whatever their score: where thread blocks share them, so must their parts."""
+    for factor in (8, 8192):
+        inputs = make(ALIKE, dtype, np.random.default_rng(0))
+        q, k, v = (np.zeros_like(x) for x in (inputs.q, inputs.k, inputs.v))
+        q[..., 0], k[..., 0], v[:, :300] = factor, factor, 1
+        out = run(ALIKE, replace(inputs, q=q, k=k, v=v)).out.astype(np.float64)
+        np.testing.assert_allclose(out, 300 / 4200, rtol=2 * float(ml_dtypes.finfo(DTYPES[dtype]).eps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores_that_are_alike(dtype: str) -> None:
+    check_alike_scores(dtype, run_on_cpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("job", [Job(ALIKE, dtype) for dtype in DTYPES], ids=str)
+def test_large_scores_that_are_alike_on_a_gpu(job: Job) -> None:
+    check_alike_scores(job.dtype, run_on_gpu)
 
 
 # --- strides ---------------------------------------------------------------------------------------------------------

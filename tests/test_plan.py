@@ -170,7 +170,7 @@ def test_few_rows_share_their_keys_among_thread_blocks() -> None:
     assert (main.grid, combine.grid) == (2 * 2 * chosen.parts, 2 * 2 * 4)
     assert chosen.parts == 4096 // 256
     assert constants(main)["PARTED"]
-    assert chosen.workspace_bytes == 16 * chosen.parts * (128 + 1) * 4
+    assert chosen.workspace_bytes == 16 * chosen.parts * (128 + 2) * 4
     long = plan.forward(decode(keys=2**20), HOPPER)
     assert long.parts == HOPPER.multiprocessors * 5 // 4  # as many as there is room for
     windowed = plan.forward(decode(window=(300, 0)), HOPPER)
