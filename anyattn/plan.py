@@ -480,8 +480,8 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
 def default_specs(arch: str) -> list[Spec]:
     """What `anyattn compile` builds: every kernel with every tile that fits an architecture.
 
-    For a plain call of its head dim (tiles of few rows: one of many keys); where that takes another kernel, for one
-    with dropout, and for the plain call of the greatest head dim that doesn't.
+    For a plain call of its head dim (tiles of few rows: one of few and one of many keys); where that takes another
+    kernel, for one with dropout, and for the plain call of the greatest head dim that doesn't.
     """
     device = Device(arch, SHARED_BYTES[arch])
     specs: dict[Spec, None] = {}
@@ -506,15 +506,13 @@ def default_specs(arch: str) -> list[Spec]:
 
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
-                plain = partial(_plain, dtype, seqlen=tile.get("seqlen_q", 128))
-                if "most_rows" in tile:
-                    plain = partial(_plain, dtype, seqlen=tile["most_rows"], keys=4096)
-                if shared(tile, plain(tile["head_dim"])) > device.shared_bytes or add(plain(tile["head_dim"])):
-                    continue
-                add(plain(tile["head_dim"], dropout=0.1))
-                for head_dim in range(tile["head_dim"] - 8, 0, -8):
-                    if add(plain(head_dim)):
-                        break
+                head_dim, rows = tile["head_dim"], tile.get("most_rows") or tile.get("seqlen_q", 128)
+                for keys in (128, 4096) if "most_rows" in tile else (rows,):
+                    plain = partial(_plain, dtype, seqlen=rows, keys=keys)
+                    if shared(tile, plain(head_dim)) > device.shared_bytes or add(plain(head_dim)):
+                        continue
+                    add(plain(head_dim, dropout=0.1))
+                    next((lower for lower in range(head_dim - 8, 0, -8) if add(plain(lower))), None)
     return list(specs)
 
 
