@@ -377,7 +377,7 @@ def _forward_sm80(problem: Problem, device: Device) -> Plan:
     constants = {**of_call, **of_parts, "WARPS": warps, "SHARED_BYTES": warps * row_bytes}
     grid = problem.seqlen_q * problem.heads * problem.batch
     combine = _kernel("forward_combine", constants, device, grid, 32 * warps)
-    rows = problem.heads * (problem.total_q if problem.varlen else problem.batch * problem.seqlen_q)
+    rows = problem.batch * problem.heads * problem.seqlen_q
     return Plan(
         (main, combine),
         row_blocks,
@@ -391,9 +391,7 @@ def _forward_sm80(problem: Problem, device: Device) -> Plan:
 def _key_parts(problem: Problem, device: Device, tile: dict[str, Any], blocks: int) -> int:
     """Thread blocks that share the keys of a block of rows: as many as the GPU holds, if each has work enough."""
     keys = _most_keys(problem, tile["BLOCK_M"])
-    # A packed array with room for more rows than the sequences may have would take as much more workspace.
-    spare = problem.varlen and problem.total_q > problem.batch * problem.seqlen_q
-    if blocks == 0 or keys < 1024 or spare:
+    if blocks == 0 or keys < 1024:
         return 1
     room = device.multiprocessors * int(tile["MIN_BLOCKS"]) // blocks
     return max(1, min(room, keys // max(4 * int(tile["BLOCK_N"]), 256)))
@@ -480,7 +478,7 @@ def _backward(bp: BackwardProblem, device: Device, tile: dict[str, Any], main: _
 def default_specs(arch: str) -> list[Spec]:
     """What `anyattn compile` builds: every kernel with every tile that fits an architecture.
 
-    For a plain call of its head dim (tiles of few rows: one of few and one of many keys); where that takes another
+    For a plain call of its head dim, of few and of many keys where that makes a difference; where it takes another
     kernel, for one with dropout, and for the plain call of the greatest head dim that doesn't.
     """
     device = Device(arch, SHARED_BYTES[arch])
@@ -507,7 +505,7 @@ def default_specs(arch: str) -> list[Spec]:
         for dtype in ("bfloat16", "float32", "float64"):
             for tile in _candidates(name, dtype):
                 head_dim, rows = tile["head_dim"], tile.get("most_rows") or tile.get("seqlen_q", 128)
-                for keys in (128, 4096) if "most_rows" in tile else (rows,):
+                for keys in (128, 4096) if name == "forward_sm80" else (rows,):  # thread blocks share many
                     plain = partial(_plain, dtype, seqlen=rows, keys=keys)
                     if shared(tile, plain(head_dim)) > device.shared_bytes or add(plain(head_dim)):
                         continue

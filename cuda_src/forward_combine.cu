@@ -5,8 +5,8 @@
 //
 // A thread block has one row; its warps take the parts in turn, a lane a pair of columns in each 64.
 #include "forward_row.cuh"
+#include "parts.cuh"
 #include "ptx/memory.cuh"
-#include "softmax.cuh"
 
 using Accum = Traits<Element>::Accum;
 
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) forward_combine(const _
   const Sequence sequence(p, batch);
   if (row >= sequence.seqlen_q) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const long long first = (sequence.workspace_row(p, head) + row) * p.parts;
+  const long long first = first_part(p, batch, head, row);
   const auto* const softmax_parts = static_cast<const SoftmaxPart<Accum>*>(p.softmax_parts) + first;
   const Pair* const o_parts = static_cast<const Pair*>(p.o_parts) + first * (PART_COLUMNS / 2);
 
@@ -57,6 +57,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) forward_combine(const _
   if (warp > 0) return;
 
   const Accum inverse = l == 0 ? 0 : static_cast<Accum>(p.keep_scale) / l;
+  const Band band(p, sequence);
+  const bool sees_all = band.low(row) == 0 && band.high(row) == sequence.seqlen_k;
   bool spoilt = false;  // by a NaN or inf in the V of a key that the row does not see, perhaps
   const auto out = sequence.rows_q(static_cast<Element*>(p.out), p.out_strides, head);
 #pragma unroll
@@ -73,12 +75,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) forward_combine(const _
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (column + i >= HEAD_DIM_V) continue;
-      spoilt |= !is_finite(x[i]);
+      spoilt |= !sees_all && !is_finite(x[i]);
       out.at(row, column + i) = narrow(x[i] * inverse, Element{});
     }
   }
   if (p.lse != nullptr && lane == 0)
     static_cast<Accum*>(p.lse)[sequence.lse_offset(p, head) + row * p.lse_row] =
         l == 0 ? minus_infinity<Accum>() : (m + log2(l)) * static_cast<Accum>(LN2);
-  if (__any_sync(~0u, spoilt)) forward_row(p, batch, head, row);
+  if (__any_sync(~0u, spoilt)) {
+    __syncwarp();
+    forward_row(p, batch, head, row);
+  }
 }

@@ -20,9 +20,8 @@
 #include "dropout.cuh"
 #include "forward_row.cuh"
 #include "gemm.cuh"
+#include "parts.cuh"
 #include "score.cuh"
-#include "sequence.cuh"
-#include "softmax.cuh"
 
 using Accum = Traits<Element>::Accum;
 
@@ -39,6 +38,19 @@ using TileV = Tile<Element, BLOCK_N, DV>;
 using TileO = Tile<Element, BLOCK_M, DV>;  // takes the place of all the others
 static_assert(SHARED_BYTES >= TileQ::BYTES + TileK::BYTES + TileV::BYTES && SHARED_BYTES >= TileO::BYTES);
 
+// A thread block's work.  Later rows see more keys under a causal mask: they go first, so that the last blocks to run
+// are short.
+struct Work {
+  int block_m, head, batch, share;
+
+  __device__ __forceinline__ Work(const Params& p, unsigned block) {
+    const unsigned index = PARTED ? block / p.parts : block;
+    share = PARTED ? block % p.parts : 0;
+    block_m = p.row_blocks - 1 - index % p.row_blocks;
+    head = index / p.row_blocks % p.heads, batch = index / p.row_blocks / p.heads;
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const unsigned smem = shared_address(shared);
@@ -47,12 +59,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
   const TileV v_smem{smem + TileQ::BYTES + TileK::BYTES};
   const int warp = threadIdx.x / 32 % ROW_WARPS, part = threadIdx.x / 32 / ROW_WARPS, lane = threadIdx.x % 32;
 
-  // Later rows see more keys under a causal mask: they go first, so that the last blocks to run are short.
-  const unsigned index = PARTED ? blockIdx.x / p.parts : blockIdx.x;
-  const int block_m = p.row_blocks - 1 - index % p.row_blocks;
-  const int head = index / p.row_blocks % p.heads, batch = index / p.row_blocks / p.heads;
+  const Work work(p, blockIdx.x);
+  const int head = work.head, batch = work.batch, first_row = work.block_m * BLOCK_M;
   const Sequence sequence(p, batch);
-  const int first_row = block_m * BLOCK_M;
   if (first_row >= sequence.seqlen_q) return;
 
   const Band band(p, sequence);
@@ -76,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 
   const int last_row = min(first_row + BLOCK_M, sequence.seqlen_q) - 1;
   const Band::Blocks seen = band.key_blocks(first_row, BLOCK_M, BLOCK_N);
-  const Band::Blocks blocks = PARTED ? seen.part(blockIdx.x % p.parts, p.parts) : seen;
+  const Band::Blocks blocks = PARTED ? seen.part(work.share, p.parts) : seen;
   const int row0 = first_row + warp * WARP_ROWS + lane / 4;  // of this lane's first accumulator
 
   typename SoftmaxOf<Element, M>::Type softmax;
@@ -104,7 +113,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 
     const int key0 = first_key + recompute(lane) % 4 * 2;
     score.apply(s, row0, key0);
-    if (!band.all_see(first_row, last_row, first_key, first_key + BLOCK_N)) band.mask(s, row0, key0);
+    const int first = PARTED ? recompute(first_row) : first_row;  // PARTED is short of a few registers
+    const int last = PARTED ? first + BLOCK_M - 1 : last_row;
+    if (!band.all_see(first, last, first_key, first_key + BLOCK_N)) band.mask(s, row0, key0);
 
     softmax.update(s, o, score.factor);
 
@@ -126,14 +137,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward_sm80(c
 
   if constexpr (PARTED) {
     static_assert(PART_COLUMNS == DV);
-    const int share = recompute(blockIdx.x) % p.parts;  // anew: the loop has no register to keep it in
-    const long long first = sequence.workspace_row(p, recompute(head));
+    // All of it anew: the loop has no registers to keep it in.
+    const int thread = recompute(threadIdx.x), lane = thread % 32, part = thread / 32 / ROW_WARPS;
+    const Work work(p, recompute(blockIdx.x));
+    const int row0 = work.block_m * BLOCK_M + thread / 32 % ROW_WARPS * WARP_ROWS + lane / 4;
+    const int seqlen_q = Sequence(p, work.batch).seqlen_q;
 #pragma unroll
     for (int i = 0; i < 2 * M; ++i) {
       const int m = i / 2, half = i % 2, row = row0 + 16 * m + 8 * half;
       const Accum l = softmax.total(m, half);
-      if (row >= sequence.seqlen_q) continue;
-      const long long to = (first + row) * p.parts + share;
+      if (row >= seqlen_q) continue;
+      const long long to = first_part(p, work.batch, work.head, row) + work.share;
       if (lane % 4 == 0 && part == 0)
         static_cast<SoftmaxPart<Accum>*>(p.softmax_parts)[to] = softmax.part(m, half, l, score.factor);
       Accum* const o_part = static_cast<Accum*>(p.o_parts) + to * DV + part * (DV / V_PARTS) + lane % 4 * 2;

@@ -124,6 +124,11 @@ def _length(rng: random.Random) -> int:
     return rng.choice((near_a_tile, near_a_tile, int(2 ** rng.uniform(0, 8.3)), rng.choice((0, 1, 1, 2, 3))))
 
 
+def _many(rng: random.Random) -> int:
+    """Keys that thread blocks share, where there are few rows."""
+    return int(2 ** rng.uniform(10, 12.5))
+
+
 def _window(rng: random.Random, seqlen: int) -> int | tuple[int | None, int | None] | None:
     def bound() -> int | None:
         return rng.choice((None, -1, 0, 1, rng.randint(0, seqlen), rng.randint(0, seqlen), 10 * seqlen))
@@ -173,7 +178,9 @@ def calls(rng: random.Random, kernel: Trial) -> Iterator[Trial]:
             causal=rng.random() < 0.5,
         )
         if case.varlen:
-            lengths = tuple((_length(rng), _length(rng)) for _ in range(rng.choice((0, 1, 2, 3, 5))))
+            lengths = tuple(
+                (_length(rng), rng.choice((_length, _length, _many))(rng)) for _ in range(rng.choice((0, 1, 2, 3, 5)))
+            )
             case = replace(case, lengths=lengths)
         else:
             batch, ndim = rng.choice((1, 1, 2, 3) if rng.random() < 0.98 else (0,)), rng.choice((4, 4, 3, 2))
@@ -183,7 +190,8 @@ def calls(rng: random.Random, kernel: Trial) -> Iterator[Trial]:
             if ndim < 3:
                 case = replace(case, heads=1, heads_kv=1)
             seqlen_q = _length(rng)
-            case = replace(case, seqlen_q=seqlen_q, seqlen_k=seqlen_q if rng.random() < 0.3 else _length(rng))
+            seqlen_k = rng.choice((seqlen_q, *(_length(rng) for _ in range(2)), _many(rng)))
+            case = replace(case, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
             lengths = ((case.seqlen_q, case.seqlen_k),) * batch
         case = replace(case, window=_window(rng, max((k for _, k in lengths), default=0)))
         columns = max(case.head_dim, case.head_dim_v)

@@ -89,13 +89,15 @@ def _tile_jobs() -> list[Job]:
         for group, tiles in groups.items():
             for index, tile in enumerate(tiles):
                 d = tile["head_dim"]
-                rows, keys, left = 217 + tile.get("seqlen_q", 0), 345, 200
-                if "most_rows" in tile:  # thread blocks share the keys
-                    rows, keys, left = tile["most_rows"], 2345, 2200
-                case = Case(f"d{d}", 2, 4, 2, seqlen_q=rows, seqlen_k=keys, head_dim=d, head_dim_v=d, window=(left, 7))
+                rows = tile.get("most_rows") or 217 + tile.get("seqlen_q", 0)
+                case = Case(f"d{d}", 2, 4, 2, seqlen_q=rows, seqlen_k=345, head_dim=d, head_dim_v=d, window=(200, 7))
                 if kernel == "backward_wide_sm90":  # to head dim 192 with dropout or a softcap only
                     case = replace(case, dropout=0.1)
-                jobs.append(Job(case, "bfloat16" if group == "16-bit" else group, tile=(kernel, group, index)))
+                cases = [case]
+                if kernel == "forward_sm80":  # thread blocks share the keys
+                    cases.append(replace(case, name=f"many_keys_d{d}", seqlen_k=2345, window=(2200, 7)))
+                dtype = "bfloat16" if group == "16-bit" else group
+                jobs += [Job(case, dtype, tile=(kernel, group, index)) for case in cases]
     return jobs
 
 
@@ -465,10 +467,29 @@ WRONG_OFFSETS = [
 VARLEN = Case("offsets", heads=2, heads_kv=1, lengths=((20, 20), (20, 20), (24, 24)))
 
 
+MANY_KEYS = replace(VARLEN, name="offsets_of_many_keys", lengths=((20, 1100), (20, 1100), (24, 1300)))
+OFFSETS = [
+    (Job(case, "float16", deterministic), kernels)
+    for deterministic in (False, True)
+    for case, kernels in ((VARLEN, "sm80"), (VARLEN, "sm90"), (MANY_KEYS, "sm80"), (MANY_KEYS, "sm90"))
+]
+
+
+def hold_to(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take this family of kernels, if it is for this GPU."""
+    if kernels == "sm90" and launch.device(0).arch != "sm_90a":
+        pytest.skip("these kernels are for Hopper")
+    monkeypatch.setenv("ANYATTN_KERNEL", kernels)
+
+
+@pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k", "both"])
 @pytest.mark.parametrize("offsets", WRONG_OFFSETS, ids=str)
-@pytest.mark.parametrize("job", [Job(VARLEN, "float16", deterministic) for deterministic in (False, True)], ids=str)
-def test_wrong_offsets_stay_in_bounds(job: Job, offsets: list[int], which: str) -> None:
+@pytest.mark.parametrize(("job", "kernels"), OFFSETS, ids=str)
+def test_wrong_offsets_stay_in_bounds(
+    job: Job, kernels: str, offsets: list[int], which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold_to(kernels, monkeypatch)
     inputs, wrong = job.inputs(), np.array(offsets, np.int32)
     if which != "cu_seqlens_k":
         inputs = replace(inputs, cu_seqlens_q=wrong)
@@ -500,8 +521,19 @@ def test_nan_beyond_the_sequence(job: Job) -> None:
     check(job.case, job.dtype, inputs, call.results())
 
 
-@pytest.mark.parametrize("job", [Job(VARLEN, dtype, deterministic=True) for dtype in DTYPES], ids=str)
-def test_nan_in_the_neighbouring_sequence(job: Job) -> None:
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize(
+    ("job", "kernels"),
+    [
+        (Job(VARLEN, dtype, deterministic=True), kernels)
+        for dtype in DTYPES
+        for kernels in (("sm80", "sm90") if DTYPES[dtype].itemsize == 2 else ("sm80",))
+    ],
+    ids=str,
+)
+def test_nan_in_the_neighbouring_sequence(job: Job, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_to(kernels, monkeypatch)
+
     def results(inputs: Inputs) -> Results:
         call = Call(inputs, deterministic=True)
         call.forward()

@@ -27,7 +27,8 @@ CASES = [
     Case("unmasked_alibi", 2, 2, 2, seqlen_q=300, seqlen_k=260, alibi="h", softcap=3.0, dropout=0.5),
     Case("packed", heads=4, heads_kv=2, lengths=((300, 200), (0, 40), (5, 0), (130, 290), (1, 1)), causal=True,
          alibi="bh", dropout=0.2),
-    *(BY_NAME[name] for name in ("two_dimensional", "no_keys", "no_queries", "no_batch", "no_heads", "varlen_empty")),
+    *(BY_NAME[name] for name in ("two_dimensional", "no_keys", "no_queries", "no_batch", "no_heads", "varlen_empty",
+                                "few_rows_decode", "few_rows_varlen")),
 ]  # fmt: skip
 CUTS = ["nothing", "heads", "rows"]  # what there is too little memory for
 

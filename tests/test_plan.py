@@ -184,14 +184,15 @@ def test_few_rows_share_their_keys_among_thread_blocks() -> None:
 
 
 def test_packed_rows_that_share_keys() -> None:
-    """The workspace is for the rows that there can be, not for a larger array that holds them."""
+    """The workspace is for the rows that there can be, however large the array that holds them."""
     rows, keys, cu = (4, 8, 128), (9000, 2, 128), View(0, (3,), (1,), "int32", 0)
     q, k = (View(0, shape, row_major(shape), "bfloat16", 0) for shape in (rows, keys))
     packed = varlen(q, k, k, cu, cu, 2, 8000, None, Options())
     chosen = plan.forward(packed, HOPPER)
     assert chosen.parts > 1
     assert chosen.o_parts_bytes == 4 * 8 * chosen.parts * 128 * 4
-    assert plan.forward(replace(packed, total_q=5), HOPPER).workspace_bytes == 0
+    spare = plan.forward(replace(packed, total_q=500), HOPPER)
+    assert (spare.parts, spare.workspace_bytes) == (chosen.parts, chosen.workspace_bytes)
 
 
 def test_hopper_takes_rows_that_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +258,17 @@ def test_hopper_kernels_stay_for_many_tiles() -> None:
     assert chosen.workspace_bytes == 4
     main = plan.backward(gradients(problem(seqlen=300, heads=3000)), HOPPER).kernels[1]
     assert main.grid == HOPPER.multiprocessors
+
+
+def test_whoever_may_share_keys_is_built_both_ways() -> None:
+    for arch in plan.SHARED_BYTES:
+        built: dict[tuple[tuple[str, object], ...], set[object]] = {}
+        for spec in plan.default_specs(arch):
+            if spec.source == "forward_sm80.cu":
+                rest = tuple(item for item in spec.constants if item[0] != "PARTED")
+                built.setdefault(rest, set()).add(dict(spec.constants)["PARTED"])
+        assert built
+        assert all(ways == {False, True} for ways in built.values())
 
 
 def test_registers_change_hands_within_what_a_block_starts_with() -> None:
