@@ -98,7 +98,7 @@ def attention(
         out: q's shape with D_v as its last dimension; q's library, dtype and device. PyTorch tensors that require
             gradients are differentiable; for other libraries see :func:`attention_vjp`.
         lse: with ``return_lse``: natural-log sum of the exponentials of each row's scores, (B, H, S_q), (H, S_q) or
-            (S_q,) whatever the layout; float64 for float64 inputs, else float32.
+            (S_q,) whatever the layout; float64 for float64 inputs, else float32. Not differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is needed.
@@ -112,8 +112,7 @@ def attention(
     adapter = _ADAPTERS.get(type(q)) or _adapter(q)
     if seed is not None:
         seed = check_seed(seed)
-    if backend not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    _check_backend(backend)
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     options = Options(causal, _pair(window), scale, softcap, dropout, layout, deterministic)
@@ -164,8 +163,7 @@ def attention_varlen(
     adapter = _ADAPTERS.get(type(q)) or _adapter(q)
     if seed is not None:
         seed = check_seed(seed)
-    if backend not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    _check_backend(backend)
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     return adapter.attention_varlen(
@@ -227,8 +225,7 @@ def attention_backward(
         seed = check_seed(seed)
     elif check_dropout(dropout):
         raise ValueError("seed must be the forward call's seed when dropout > 0, got None")
-    if backend not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    _check_backend(backend)
     gradients: tuple[Any, Any, Any] = adapter.attention_backward(
         dout,
         q,
@@ -281,6 +278,9 @@ def attention_vjp(
     def pullback(dout: Any) -> tuple[Any, Any, Any]:
         return attention_backward(dout, q, k, v, out, lse, **packing, **same)
 
+    adapter = _ADAPTERS.get(type(q)) or _adapter(q)
+    if hasattr(adapter, "under_this_autocast"):  # PyTorch's
+        pullback = adapter.under_this_autocast(pullback)
     return ((out, lse) if return_lse else out), pullback
 
 
@@ -322,8 +322,7 @@ def explain(
     adapter = _ADAPTERS.get(type(q)) or _adapter(q)
     if seed is not None:
         check_seed(seed)
-    if backend not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
+    _check_backend(backend)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     problem = adapter.describe(
         q,
@@ -355,6 +354,11 @@ def _packing(
     if missing:
         raise TypeError(f"{missing[0]} is needed beside {next(n for n in given if n not in missing)}, got None")
     return given
+
+
+def _check_backend(backend: Any) -> None:
+    if not isinstance(backend, str) or backend not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"backend must be 'auto', 'cuda' or 'cpu', got {backend!r}")
 
 
 def _pair(window: Any) -> Any:

@@ -215,8 +215,8 @@ def parse(text: str) -> tuple[Problem, str, Device | None]:
         elif equals and name in _VALUES:
             try:
                 given[name] = _VALUES[name](value)
-            except ValueError:
-                raise ValueError(f"{name}= can't be {value!r}") from None
+            except ValueError as error:
+                raise ValueError(f"{name}= can't be {value!r}: {error}") from None
         else:
             raise ValueError(f"{word!r} is not one of {', '.join((*DTYPES, *_FLAGS, *(f'{n}=' for n in _VALUES)))}")
 
@@ -265,7 +265,7 @@ def _window(text: str) -> tuple[int | None, int | None]:
 def _one_of(*names: str) -> Any:
     def check(text: str) -> str:
         if text not in names:
-            raise ValueError
+            raise ValueError(f"it is one of {', '.join(names)}")
         return text
 
     return check

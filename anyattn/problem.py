@@ -171,11 +171,7 @@ class BackwardProblem:
 def dense(q: View, k: View, v: View, alibi: View | None, options: Options) -> Problem:
     """The problem of a call on 2-D, 3-D or 4-D arrays; raises ValueError or TypeError naming what is wrong."""
     slopes = None if alibi is None else alibi[1:]
-    try:
-        problem = _dense(q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options)
-    except TypeError:
-        _refuse_unhashable(options._asdict())
-        raise
+    problem = _cached(_dense, q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options)
     _check_alignment(alibi_slopes=alibi)
     return problem
 
@@ -194,11 +190,7 @@ def varlen(
     """The problem of a call on packed sequences, (total, heads, head_dim); raises ValueError or TypeError."""
     slopes = None if alibi is None else alibi[1:]
     lengths = (cu_seqlens_q[1:], cu_seqlens_k[1:], max_seqlen_q, max_seqlen_k)
-    try:
-        problem = _varlen(q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options, *lengths)
-    except TypeError:
-        _refuse_unhashable({**options._asdict(), "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k})
-        raise
+    problem = _cached(_varlen, q[1:], q[0] & 15, k[1:], k[0] & 15, v[1:], v[0] & 15, slopes, options, *lengths)
     _check_alignment(alibi_slopes=alibi, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return problem
 
@@ -246,6 +238,18 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     for axis in range(len(shape) - 1, 0, -1):
         strides[axis - 1] = strides[axis] * shape[axis]
     return tuple(strides)
+
+
+def check_options(options: Options) -> None:
+    """Refuse what no arrays would make right."""
+    check_flag("causal", options.causal)
+    _window(options.window, False, 1, 1)
+    if options.scale is not None:
+        _finite("scale", options.scale)
+    _softcap(options.softcap)
+    check_dropout(options.dropout)
+    _layout(options.layout)
+    check_flag("deterministic", options.deterministic)
 
 
 def check_dropout(dropout: Any) -> float:
@@ -312,6 +316,20 @@ def check_cu_seqlens(name: str, offsets: np.ndarray[Any, Any], total: int, max_s
 # ------------------------------------------------------------------------------------------------ behind the cache
 
 _Key = tuple[Any, ...]  # a View without its pointer
+
+
+def _cached(function: Any, *key: Any) -> Problem:
+    """function(*key). What can't be hashed passes no check: then the function names it, without its cache."""
+    try:
+        return function(*key)  # type: ignore[no-any-return]
+    except TypeError:
+        try:
+            hash(key)
+        except TypeError:
+            pass
+        else:
+            raise
+    return function.__wrapped__(*key)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=_CACHE)
@@ -442,10 +460,7 @@ def _common(
     left, right = _window(options.window, check_flag("causal", options.causal), seqlen_q, seqlen_k)
     scale = 1.0 / math.sqrt(head_dim) if options.scale is None else _finite("scale", options.scale)
     softcap = _softcap(options.softcap)
-    for name, x in (("scale", scale), ("softcap", softcap)):
-        if q.dtype != "float64" and abs(x) > _FLOAT32_MAX:
-            raise ValueError(f"{name} must be finite in float32, in which {q.dtype} arrays are computed, got {x}")
-    _check_cap(softcap, scale, "float64" if q.dtype == "float64" else "float32")
+    _check_range(scale, softcap, "float64" if q.dtype == "float64" else "float32")
     return {
         "dtype": q.dtype,
         "device": q.device,
@@ -596,11 +611,10 @@ def place(device: int) -> str:
 # The rules go by value (1 and np.True_ are True, 2.0 is 2): equal values share a cache entry.
 
 _REAL = (int, float, np.integer, np.floating)
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def _layout(layout: str) -> str:
-    if layout not in ("bshd", "bhsd"):
+    if not isinstance(layout, str) or layout not in ("bshd", "bhsd"):
         raise ValueError(f"layout must be 'bshd' or 'bhsd', got {layout!r}")
     return layout
 
@@ -635,15 +649,19 @@ def _length(name: str, n: Any) -> int:
 
 
 def _whole(n: Any) -> bool:
-    return isinstance(n, _REAL) and math.isfinite(n) and int(n) == n
+    return isinstance(n, (int, np.integer)) or (isinstance(n, _REAL) and math.isfinite(n) and int(n) == n)
 
 
 def _finite(name: str, x: Any) -> float:
     if not isinstance(x, _REAL):
         raise TypeError(f"{name} must be a real number or None, got {_describe(x)}")
-    if not math.isfinite(x):
+    try:
+        number = float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite as a float, got a larger int") from None
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {x}")
-    return float(x)
+    return number
 
 
 def _softcap(softcap: Any) -> float:
@@ -655,25 +673,27 @@ def _softcap(softcap: Any) -> float:
     return cap
 
 
-def _check_cap(softcap: float, scale: float, dtype: str) -> None:
-    """Products go through tanh(scale / softcap * x), in this dtype."""
-    limits = np.finfo(dtype)
-    if softcap and (softcap < limits.tiny or abs(scale) > float(limits.max) * softcap):
-        least = max(float(limits.tiny), abs(scale) / float(limits.max))
+def _check_range(scale: float, softcap: float, dtype: str) -> None:
+    """What is computed of them must be a number of this dtype, in which scores are computed.
+
+    That is log2(e) times either of them, for powers of two, and with a cap c c * tanh(scale / c * x).
+    """
+    smallest, most = float(np.finfo(dtype).tiny), float(np.finfo(dtype).max) * math.log(2)
+    for name, x in (("scale", scale), ("softcap", softcap)):
+        if abs(x) > most:
+            raise ValueError(f"{name} must be at most {most:.3g} in {dtype}, in which scores are computed, got {x}")
+    if not softcap:
+        return
+    least, largest = max(smallest, abs(scale) / most), most
+    if abs(scale) >= smallest:
+        largest = min(most, abs(scale) / smallest)
+    if not least <= softcap <= largest:
         raise ValueError(
-            f"softcap must be at least {least:.2g}, for scale / softcap to be finite in {dtype}, got {softcap}"
+            f"softcap must be from {least:.2g} to {largest:.2g}, for scale / softcap to be a number of {dtype}, "
+            f"got {softcap}"
         )
 
 
 def _describe(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text}" if len(text) <= 40 and "\n" not in text else type(value).__name__
-
-
-def _refuse_unhashable(arguments: dict[str, Any]) -> None:
-    """Name the argument that made the cache fail; such a value (an array, say) could never have passed the checks."""
-    for name, value in arguments.items():
-        try:
-            hash(value)
-        except TypeError:
-            raise TypeError(f"{name} must be a plain Python value, got {_describe(value)}") from None

@@ -24,6 +24,7 @@ __all__ = ["Bridge", "attention", "attention_backward", "attention_varlen", "des
 
 _HOST = (1, 3)  # DLDeviceType: kDLCPU, kDLCUDAHost
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_OPTIONAL = ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")  # these two but for packed sequences
 
 
 class Bridge:
@@ -148,7 +149,8 @@ class Bridge:
     def _results(self, function: str, arrays: dict[str, Any], **plain: Any) -> Any:
         """What NumPy's or CuPy's adapter returns."""
         q = arrays["q"]
-        present = {name: x for name, x in arrays.items() if x is not None}
+        optional = _OPTIONAL[:1] if function == "attention_varlen" else _OPTIONAL
+        present = {name: x for name, x in arrays.items() if x is not None or name not in optional}
         for name, x in present.items():
             self.check(name, x, q)
         device = _device("q", q)

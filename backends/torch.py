@@ -17,6 +17,7 @@ GPU is never waited for. A captured CUDA graph therefore replays the mask it was
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -123,10 +124,33 @@ def attention_backward(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`anyattn.attention_backward` of tensors; packed with cu_seqlens. The gradients are not differentiable."""
+    """`anyattn.attention_backward` of tensors; packed with cu_seqlens. The gradients are not differentiable.
+
+    Under autocast it takes what `attention` returned there, and gives gradients of q's, k's and v's dtypes.
+    """
     offsets = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     call = _Call(alibi_slopes, _seed(seed, options), *offsets, options, backend)
-    return _attention_backward(dout, q, k, v, out, lse, call)
+    if not (is_compiling() or _is_any_autocast_enabled()):
+        return _attention_backward(dout, q, k, v, out, lse, call)
+    dq, dk, dv = _attention_backward(
+        _autocast(dout), _autocast(q), _autocast(k), _autocast(v), _autocast(out), lse, call
+    )
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def under_this_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it runs now, whether or not autocast is on when it is called."""
+    if is_compiling() or not _is_any_autocast_enabled():
+        return function
+    dtypes = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
+
+    def call(*args: Any) -> Any:
+        with ExitStack() as stack:
+            for kind, dtype in dtypes.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            return function(*args)
+
+    return call
 
 
 def describe(
@@ -178,6 +202,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, call: _Call, return_lse: bool) -
             q, k, v = _autocast(q), _autocast(k), _autocast(v)
         if compiling or not _eager(q, k, v):
             _check_tensors(q, k, v, call)
+            if not compiling:
+                _check_call(q, k, v, call)
             if compiling or peek_interpreter_stack() is None:
                 return _forward_operator(q, k, v, *_flat(call))
             return _apply_transformed(q, k, v, call)
@@ -205,6 +231,8 @@ def _attention_backward(
     if known is None:
         if compiling or not _eager(q, k, v, dout, out, lse):
             _check_tensors(q, k, v, call, dout=dout, out=out, lse=lse)
+            if not compiling:
+                _check_call(q, k, v, call, dout, out, lse)
             if compiling or peek_interpreter_stack() is None:
                 return _backward_operator(*tensors, *_flat(call))
             return _apply_gradients(*tensors, call)
@@ -231,6 +259,10 @@ def _eager(*tensors: Tensor) -> bool:
         if type(x) not in _PLAIN or x.is_cuda is not cuda or not (cuda or x.is_cpu):
             return False
         if x.dtype is not torch.bfloat16 and x.is_neg():  # the imaginary part of a conjugate, yet to be negated
+            return False
+        try:
+            x.data_ptr()
+        except RuntimeError:  # a wrapper that outlives its transformation (torch.func.vjp), or of is_grads_batched
             return False
     return True
 
@@ -276,6 +308,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, call: _Call, **others: Tenso
         _check_dense(name, x)
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device, {q.device}, got {x.device}")
+
+
+def _check_call(q: Tensor, k: Tensor, v: Tensor, call: _Call, *others: Tensor) -> None:
+    """What the operators would refuse in PyTorch's words or not at all, since their schema casts. `others`: dout, out
+    and lse."""
+    core.check_options(call.options)
+    if _concrete(call, q, k, v, *others):
+        problem = _problem_of_views(_abstract_view, q, k, v, call, call.options)
+        if others:
+            names = zip(("dout", "out", "lse"), others, strict=True)
+            core.backward(problem, *(_abstract_view(name, x) for name, x in names))
 
 
 def _check_dense(name: str, x: Tensor) -> None:
@@ -445,15 +488,16 @@ def _kind_of(call: _Call, setting: Any) -> _Kind | None:
 
 def _kind(options: Options, backend: str, setting: Any) -> _Kind | None:
     """Calls without other tensors. `setting` is what the guards don't see: autocast's dtype, if it is on, of a forward
-    call, whether algorithms are to be deterministic of a backward call. None where an option is not hashable."""
+    call, whether algorithms are to be deterministic of a backward call. None where an option will be refused."""
     try:
         return _kinds(options, backend, setting)
-    except TypeError:
+    except (TypeError, ValueError):
         return None
 
 
 @lru_cache(maxsize=4096)
 def _kinds(options: Options, backend: str, setting: Any) -> _Kind:
+    core.check_options(options)  # else a tensor among them would be kept
     return _Kind()
 
 
@@ -664,8 +708,7 @@ def _concrete(call: _Call, *tensors: Tensor) -> bool:
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     call = _unflat(flat)
-    if _concrete(call, q, k, v):
-        _problem_of_views(_abstract_view, q, k, v, call, call.options)
+    _check_call(q, k, v, call)
     lse_shape = list(q.shape[:-1])
     if len(lse_shape) > 1 and call.options.layout == "bshd":  # ..., rows, heads
         lse_shape[-2:] = lse_shape[:-3:-1]
@@ -694,9 +737,7 @@ def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _unflat(flat)
-    if _concrete(call, q, k, v, dout, out, lse):
-        problem = _problem_of_views(_abstract_view, q, k, v, call, call.options)
-        core.backward(problem, *(_abstract_view(name, x) for name, x in (("dout", dout), ("out", out), ("lse", lse))))
+    _check_call(q, k, v, call, dout, out, lse)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

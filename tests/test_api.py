@@ -156,6 +156,19 @@ def test_jax_float64_that_would_become_float32() -> None:
     )
 
 
+def test_jax_without_an_array() -> None:
+    jax = pytest.importorskip("jax")
+    x = jax.device_put(np.ones((4, 2, 8), np.float32), jax.devices("cpu")[0])
+    for function, arguments, name in (
+        (anyattn.attention, (x, None, x), "k"),
+        (anyattn.attention_varlen, (x, x, x, None, None, 4, 4), "cu_seqlens_q"),
+        (anyattn.attention_backward, (None, x, x, x, x, x), "dout"),
+        (anyattn.attention_backward, (x, x, x, x, x, None), "lse"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a jax.Array, as q is, got builtins.NoneType"):
+            function(*arguments)
+
+
 # --- anything else ---------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +440,9 @@ class HostKernels:
         assert stream == STREAM
         self.calls += 1
         rest = self.rest(problem, alibi, cu_seqlens_q, cu_seqlens_k)
+        if size := launch.workspace_bytes(problem):
+            assert workspace
+            pointed_at(workspace, (size,), (1,), "uint8")[:] = 255
         cpu.forward(problem, *self.inputs(problem, q, k, v), self.rows(problem, out, problem.out_strides, "out"),
                     self.lse(problem, lse, problem.lse_strides), **rest, seed=seed)  # fmt: skip
 
@@ -445,7 +461,7 @@ class HostKernels:
         pointed_at(workspace, (self.workspace_bytes(bp),), (1,), "uint8")[:] = 255
         cpu.backward(bp, *given, *wanted, **self.rest(problem, alibi, cu_seqlens_q, cu_seqlens_k), seed=seed)
 
-    def workspace_bytes(self, bp: BackwardProblem) -> int:
+    def workspace_bytes(self, call: Problem | BackwardProblem) -> int:
         return 1000
 
     def inputs(self, problem: Problem, q: int, k: int, v: int) -> list[Array]:
@@ -569,7 +585,7 @@ def test_cupy_computes_on_the_arrays_device(host_cupy: Any, monkeypatch: pytest.
     monkeypatch.setattr(
         launch,
         "forward",
-        lambda p, *rest, **more: (seen.append((p.device, host_cupy.device.current)), forward(p, *rest)),
+        lambda p, *rest, **more: (seen.append((p.device, host_cupy.device.current)), forward(p, *rest, **more)),
     )
     host_cupy.memory.device = 1
     anyattn.attention(*map(to_cupy, arrays((9, 4, 16), (9, 4, 16), (9, 4, 16))))
@@ -586,8 +602,9 @@ def test_cupy_keeps_the_workspace_of_a_captured_call(host_cupy: Any, monkeypatch
     anyattn.attention_backward(out, q, k, v, out, lse)
     assert not kept
     monkeypatch.setattr(host_cupy.stream, "capturing", True)
+    anyattn.attention(q, k, v)
     anyattn.attention_backward(out, q, k, v, out, lse)
-    assert [memory.mem.size for memory in kept] == [1000]
+    assert [memory.mem.size for memory in kept] == [1000, 1000]
 
 
 def test_cupy_strides_of_half_elements(host_cupy: Any) -> None:
@@ -618,7 +635,7 @@ def test_cupy_bad_input(host_cupy: Any) -> None:
             anyattn.attention(*arguments)
     for options, error, message in (
         ({"alibi_slopes": np.ones(4, np.float32)}, TypeError, r"alibi_slopes must be a cupy.ndarray"),
-        ({"window": np.ones(2)}, TypeError, r"window must be a plain Python value, got ndarray"),
+        ({"window": np.ones(2)}, TypeError, r"window must be an int, a pair .*, got ndarray"),
         ({"backend": "cpu"}, ValueError, r"backend='cpu' needs arrays in host memory, got q on cuda:0"),
     ):
         with pytest.raises(error, match=message):

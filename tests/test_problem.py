@@ -299,12 +299,12 @@ PLAIN = Options()
         (
             lambda: self_attention(GPU, scale=-1e39),
             ValueError,
-            r"scale must be finite in float32, in which float16 arrays are computed, got -1e\+39",
+            r"scale must be at most 2.36e\+38 in float32, in which scores are computed, got -1e\+39",
         ),
         (
             lambda: self_attention(contiguous(2, 3, 5, 8, dtype="float32"), softcap=1e39),
             ValueError,
-            r"softcap must be finite in float32, in which float32 arrays are computed, got 1e\+39",
+            r"softcap must be at most 2.36e\+38 in float32, in which scores are computed, got 1e\+39",
         ),
         (
             lambda: self_attention(contiguous(1, 2**30, 1, 8)),

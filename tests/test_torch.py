@@ -687,6 +687,80 @@ def test_functorch(device: str) -> None:
     close(torch.func.vmap(banded)(q, k, v), banded(q, k, v))
 
 
+@on_each_device
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5, "seed": 3}], ids=str)
+def test_pullback_outside_its_transformation(options: dict[str, Any], device: str) -> None:
+    """There q, k and v are wrappers that are dead."""
+    inputs = operands(device, grad=True)
+    out, pullback = torch.func.vjp(partial(anyattn.attention, **options), *(x.detach() for x in inputs))
+    wanted = torch.autograd.grad(anyattn.attention(*inputs, **options), inputs, out)
+    close(pullback(out), wanted)
+
+    q, k, v, cu_q, cu_k = packed(device)
+    _, pullback = torch.func.vjp(lambda x: anyattn.attention_varlen(x, k, v, cu_q, cu_k, 5, 5), q)
+    q.requires_grad_()
+    packed_out = anyattn.attention_varlen(q, k, v, cu_q, cu_k, 5, 5)
+    close(pullback(packed_out.detach()), torch.autograd.grad(packed_out, q, packed_out))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@on_each_device
+def test_many_gradients_at_once(device: str) -> None:
+    q, k, v = operands(device, grad=True)
+    for function in (anyattn.attention, plain):
+        out = function(q, k, v)
+        douts = torch.eye(out.numel(), device=device)[:7].reshape(7, *out.shape)
+        batched = torch.autograd.grad(out, q, douts, is_grads_batched=True, retain_graph=True)[0]
+        close(batched, torch.stack([torch.autograd.grad(out, q, dout, retain_graph=True)[0] for dout in douts]))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+OPTIONS_OF_NO_CALL = [
+    ({"scale": torch.ones((), requires_grad=True)}, TypeError, "scale must be a real number or None, got Tensor"),
+    ({"scale": "1"}, TypeError, "scale must be a real number or None, got str '1'"),
+    ({"causal": 2}, TypeError, "causal must be True or False, got int 2"),
+    ({"window": (1, 2, 3)}, ValueError, "window must be .*, got 3 entries"),
+    ({"window": 2.5}, TypeError, "window must be an int, .*, got float 2.5"),
+    ({"layout": 3}, ValueError, "layout must be 'bshd' or 'bhsd', got 3"),
+    ({"q": torch.ones(2, 5, 4, 9)}, ValueError, "k: head_dim must equal q's, 9, got 8"),
+]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda call, *x: torch.func.vmap(call)(*x),
+        lambda call, q, k, v: call(q.as_subclass(Subclass), k, v),
+        lambda call, *x: call(*(y.to("meta") for y in x)),
+    ],
+    ids=["vmap", "subclass", "meta"],
+)
+@pytest.mark.parametrize(("changes", "error", "message"), OPTIONS_OF_NO_CALL)
+def test_options_are_checked_before_an_operator_casts_them(
+    changes: dict[str, Any], error: type[Exception], message: str, way: Callable[..., Any]
+) -> None:
+    q, k, v = operands()
+    options = {name: value for name, value in changes.items() if name != "q"}
+    way(anyattn.attention, q, k, v)
+    with pytest.raises(error, match=message):
+        way(partial(anyattn.attention, **options), changes.get("q", q), k, v)
+
+
+def test_a_refused_tensor_is_let_go() -> None:
+    inputs, refused = operands(), []
+    for name in ("scale", "causal", "softcap"):
+        option = torch.zeros(10)
+        refused.append(weakref.ref(option))
+        with pytest.raises(TypeError, match=f"{name} must be"):
+            anyattn.attention(*inputs, **{name: option})
+        del option
+    gc.collect()
+    assert [x() for x in refused] == [None] * 3
+
+
 # --- autocast --------------------------------------------------------------------------------------------------------
 
 
@@ -704,6 +778,20 @@ def test_autocast(dtype: Any, device: str) -> None:
         assert compiled(*inputs).dtype == wanted
         found = gradients(anyattn.attention, *inputs)
     assert [x.dtype for x in found] == [dtype] * 3
+
+
+def test_gradients_without_autograd_under_autocast() -> None:
+    q, k, v = operands()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, pullback = anyattn.attention_vjp(q, k, v)
+        within = pullback(out)
+        _, lse = anyattn.attention(q, k, v, return_lse=True)
+        explicit = anyattn.attention_backward(out.float(), q, k, v, out, lse)
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    wanted = anyattn.attention_backward(out, *narrow, out, lse)
+    for found in (within, explicit, pullback(out)):
+        assert [x.dtype for x in found] == [torch.float32] * 3
+        assert all(torch.equal(x.bfloat16(), y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_autocast_casts_as_the_caller_would() -> None:
@@ -819,7 +907,7 @@ BAD = [
     ({"k": torch.ones(2, 7, 2, 8).half()}, TypeError, r"k must have q's dtype, float32, got float16"),
     ({"k": torch.ones(2, 7, 2, 9)}, ValueError, r"k: head_dim must equal q's, 8, got 9"),
     ({"q": torch.ones(8)}, ValueError, r"q must have 2 .* dimensions, got shape \(8,\)"),
-    ({"window": {}}, TypeError, r"window must be a plain Python value, got dict"),
+    ({"window": {}}, TypeError, r"window must be an int, a pair .*, got dict"),
     ({"window": torch.ones(2)}, TypeError, r"window must be an int, .*, got Tensor"),
     ({"scale": "1"}, TypeError, r"scale must be a real number or None, got str '1'"),
     ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
@@ -923,11 +1011,12 @@ def test_other_devices() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [{}, {"s_q": 1, "s_k": 2100}], ids=["small", "many_keys"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_graph_replays_on_new_contents(options: dict[str, Any]) -> None:
+def test_graph_replays_on_new_contents(options: dict[str, Any], sizes: dict[str, int]) -> None:
     options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    inputs = operands("cuda", torch.bfloat16, grad=True)
-    dout = randn(2, 5, 4, 6, device="cuda", dtype=torch.bfloat16)
+    inputs = operands("cuda", torch.bfloat16, grad=True, **sizes)
+    dout = torch.randn_like(anyattn.attention(*inputs))
 
     def step() -> list[Tensor]:
         out = anyattn.attention(*inputs, **options, deterministic=True)
