@@ -52,6 +52,7 @@ Window = int | tuple[int | None, int | None] | None
 
 _ADAPTERS: dict[type, Any] = {}  # array type -> module of anyattn.backends
 _LIBRARIES = {"numpy": "numpy", "cupy": "cupy", "torch": "torch", "jax": "jax", "jaxlib": "jax"}
+_AUTO = "auto"  # as a default the same object: a call without it needs no look at it
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
 
@@ -112,7 +113,8 @@ def attention(
     adapter = _ADAPTERS.get(type(q)) or _adapter(q)
     if seed is not None:
         seed = check_seed(seed)
-    _check_backend(backend)
+    if backend is not _AUTO:
+        _check_backend(backend)
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     options = Options(causal, _pair(window), scale, softcap, dropout, layout, deterministic)
@@ -163,7 +165,8 @@ def attention_varlen(
     adapter = _ADAPTERS.get(type(q)) or _adapter(q)
     if seed is not None:
         seed = check_seed(seed)
-    _check_backend(backend)
+    if backend is not _AUTO:
+        _check_backend(backend)
     if return_lse is not False:
         return_lse = check_flag("return_lse", return_lse)
     return adapter.attention_varlen(
@@ -225,7 +228,8 @@ def attention_backward(
         seed = check_seed(seed)
     elif check_dropout(dropout):
         raise ValueError("seed must be the forward call's seed when dropout > 0, got None")
-    _check_backend(backend)
+    if backend is not _AUTO:
+        _check_backend(backend)
     gradients: tuple[Any, Any, Any] = adapter.attention_backward(
         dout,
         q,
@@ -322,7 +326,8 @@ def explain(
     adapter = _ADAPTERS.get(type(q)) or _adapter(q)
     if seed is not None:
         check_seed(seed)
-    _check_backend(backend)
+    if backend is not _AUTO:
+        _check_backend(backend)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     problem = adapter.describe(
         q,

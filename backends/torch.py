@@ -313,7 +313,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, call: _Call, **others: Tenso
 def _check_call(q: Tensor, k: Tensor, v: Tensor, call: _Call, *others: Tensor) -> None:
     """What the operators would refuse in PyTorch's words or not at all, since their schema casts. `others`: dout, out
     and lse."""
-    core.check_options(call.options)
     if _concrete(call, q, k, v, *others):
         problem = _problem_of_views(_abstract_view, q, k, v, call, call.options)
         if others:

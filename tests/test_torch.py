@@ -619,6 +619,19 @@ def test_dynamic_shapes_compile_once() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_with_options_that_change(dynamic: bool | None) -> None:
+    """They may be symbols, as the sizes."""
+
+    def block(q: Tensor, scale: float) -> Tensor:
+        return anyattn.attention(q, q, q, scale=scale * q.shape[-1] ** -0.5)
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows, scale in ((4, 0.3), (4, 0.4), (5, 0.5), (6, 0.7)):
+        q = randn(1, rows, 2, 8)
+        close(compiled(q, scale), block(q, scale))
+
+
 def test_compile_is_the_first_call() -> None:
     """The adapter is not loaded yet when Dynamo looks for it."""
     program = (
