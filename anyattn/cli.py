@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -219,6 +220,9 @@ def compile_kernels(architectures: Sequence[str], report: Path | None = None) ->
     """Builds every default kernel. Returns 1 if one does not compile, spills much, or serialises its products."""
     if report:
         _prepare_file(report)
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache_dir()):
+        pass  # it is writable: else the kernels would go when this process does
     nvrtc = "{}.{}".format(*nvrtc_version())
     specs = [spec for arch in architectures for spec in plan.default_specs(arch)]
     built = _in_threads([partial(_build, spec) for spec in specs], "compiling")

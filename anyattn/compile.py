@@ -10,6 +10,7 @@ import atexit
 import functools
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from anyattn.log import log
 
 __all__ = [
     "CompileError", "Cubin", "Resources", "Spec", "cache_dir", "cubin", "cuda_core", "driver_problem", "kept",
-    "nvrtc_version", "serialised",
+    "missing", "nvrtc_version", "serialised",
 ]  # fmt: skip
 
 # `-v` makes ptxas write each kernel's registers, spills and shared memory into the log; it doesn't change the code.
@@ -115,10 +116,18 @@ class Cubin(NamedTuple):
 def cubin(spec: Spec) -> Cubin:
     """The compiled kernel: from memory, else from the disk cache, else from NVRTC.
 
-    Safe with many processes at once; a file that was truncated or changed is built anew.
+    Safe with many threads, which build it once, and processes; a file that was truncated or changed is built anew.
     Raises CompileError when NVRTC is missing, doesn't know the architecture, or refuses the source.
     """
     key = _key(spec)
+    with _building.setdefault(key, threading.Lock()):
+        return _cubin(spec, key)
+
+
+_building: dict[str, threading.Lock] = {}
+
+
+def _cubin(spec: Spec, key: str) -> Cubin:
     folder = cache_dir()
     if found := _load(folder, key):
         return found
@@ -133,10 +142,21 @@ def cubin(spec: Spec) -> Cubin:
     return Cubin(path, messages, seconds)
 
 
+@functools.cache
+def missing() -> str | None:
+    """What is not installed that kernels are compiled with, which those in the cache do without; else None."""
+    try:
+        if importlib.util.find_spec("cuda.core") and importlib.util.find_spec("cuda.bindings"):
+            return None
+    except ModuleNotFoundError:
+        pass
+    return f"compiling a kernel needs cuda.core and cuda.bindings. Install them: {INSTALL}"
+
+
 def cache_dir() -> Path:
     """$ANYATTN_CACHE, or `anyattn` in the user's cache folder of the platform. It need not exist yet."""
     if chosen := os.environ.get("ANYATTN_CACHE"):
-        return Path(chosen)
+        return Path(chosen).absolute()  # also where the process changes its folder
     home = os.path.expanduser("~")
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
@@ -151,14 +171,15 @@ def kept(name: str, text: str, parse: Callable[[str], Any]) -> Any:
     """parse(text), of what JSON can hold: from the disk cache, once a process has put it there."""
     folder = cache_dir()
     path = folder / f"kept-{name}-{hashlib.sha256(text.encode()).hexdigest()}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         entry = json.loads(path.read_text(encoding="utf-8"))
         if hashlib.sha256(entry["content"].encode()).hexdigest() == entry["sha256"]:
             return json.loads(entry["content"])
     parsed = parse(text)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps(parsed)
+        parsed = json.loads(content)  # as later processes get it
+        folder.mkdir(parents=True, exist_ok=True)
         checksum = hashlib.sha256(content.encode()).hexdigest()
         _write(path, json.dumps({"sha256": checksum, "content": content}).encode())
     except (OSError, TypeError, ValueError) as error:
@@ -280,7 +301,8 @@ def _store(folder: Path, key: str, code: bytes, log: str) -> str:
     checksum = hashlib.sha256(code).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{checksum}.cubin"
-    _write(path, code)
+    if not (path.is_file() and path.read_bytes() == code):  # Windows replaces no file that another process reads
+        _write(path, code)
     _write(folder / f"{key}.json", json.dumps({"sha256": checksum, "log": log}).encode())
     return str(path)
 
@@ -294,15 +316,26 @@ def _write(path: Path, content: bytes) -> None:
         Path(temporary).chmod(0o644)  # mkstemp's 0600 would keep other users from a cache that is shared
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
 @functools.cache
 def _temporary_cache(reason: str) -> Path:
     """A private folder that lives as long as the process."""
-    folder = tempfile.mkdtemp(prefix="anyattn-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        folder = tempfile.mkdtemp(prefix="anyattn-")
+    except OSError as error:
+        raise CompileError(
+            f"there is nowhere to keep a kernel: the cache is not writable ({reason}), nor is there a temporary folder "
+            f"({error.strerror}). Set ANYATTN_CACHE to a folder that is writable"
+        ) from None
+
+    def remove(maker: int) -> None:
+        if os.getpid() == maker:  # not in its forks
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove, os.getpid())
     log.warning(
         "the kernel cache is not writable (%s): kernels go to %s and are built anew by every process. "
         "Set ANYATTN_CACHE to a folder that is.",

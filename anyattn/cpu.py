@@ -32,8 +32,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -688,7 +688,10 @@ def _run(tasks: list[_Task], job: _Job) -> None:
             finally:
                 ws.trim()
 
-        helpers = [_pool(job.threads).submit(work) for _ in range(min(job.threads, len(tasks)) - 1)]
+        helpers: list[Future[None]] = []
+        with suppress(RuntimeError):  # at the interpreter's end there are no new threads: this one does it all
+            for _ in range(min(job.threads, len(tasks)) - 1):
+                helpers.append(_pool(job.threads).submit(work))
         try:
             work()
         finally:

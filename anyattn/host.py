@@ -108,9 +108,10 @@ def route(problem: Problem, backend: str, work: float) -> tuple[bool, str]:
         times = f"a GPU would take about {on_gpu * 1e3:.2g} ms, copies included, the CPU {on_cpu * 1e3:.2g} ms"
         if on_gpu >= on_cpu:
             return False, f"arrays in host memory, and too little work: {times}"
+    from anyattn import compile as compiler
     from anyattn import launch
 
-    reason = launch.available()
+    reason = launch.available() or (compiler.missing() if backend == "auto" else None)
     if reason is None:
         return True, "backend='cuda'" if backend == "cuda" else f"arrays in host memory, but enough work: {times}"
     if backend == "cuda":

@@ -69,6 +69,7 @@ class _Prepared(NamedTuple):
     thread: _ArgumentsOfThread
     maps: tuple[Callable[[tuple[int, ...]], bytes], ...]  # from the pointers, the tensor maps behind Params
     device: int
+    functions: tuple[Any, ...] = ()  # of the launches: the last to go unloads their module
 
 
 class _Arguments:
@@ -78,7 +79,7 @@ class _Arguments:
         content = bytes(_POINTERS_BYTES) + constants
         self._memory = ctypes.create_string_buffer(content, len(content))
         self.params = memoryview(self._memory).cast("B")  # a ctypes array would copy a slice byte by byte
-        self.others = (0,) * len(_OTHERS)
+        self.others: tuple[int, ...] = (0,) * len(_OTHERS)
         self.mapped: tuple[int, ...] = ()  # the pointers whose tensor maps it holds: to encode them takes microseconds
         self._pointer = ctypes.c_void_p(ctypes.addressof(self._memory))
         self.kernel_params = ctypes.addressof(self._pointer)  # as cuLaunchKernel calls it
@@ -243,21 +244,22 @@ def _params(problem: Problem, chosen: Plan) -> np.ndarray[Any, Any]:
 def _prepare(problem: Problem, chosen: Plan, params: np.ndarray[Any, Any]) -> _Prepared:
     for family, reason in chosen.refused:
         info_once(f"not the {family} kernels: {reason}")
-    launches = tuple(
-        (
-            _function(compiler.cubin(kernel.spec).path, kernel.name, kernel.shared_bytes, problem.device).ptr,
-            kernel.grid,
-            kernel.threads,
-            kernel.shared_bytes,
+    paths = [compiler.cubin(kernel.spec).path for kernel in chosen.kernels]
+    with _loading:
+        functions = tuple(
+            _function(path, kernel.name, kernel.shared_bytes, problem.device)
+            for path, kernel in zip(paths, chosen.kernels, strict=True)
         )
-        for kernel in chosen.kernels
+    launches = tuple(
+        (function.ptr, kernel.grid, kernel.threads, kernel.shared_bytes)
+        for function, kernel in zip(functions, chosen.kernels, strict=True)
     )
     constants = params.tobytes()[_POINTERS_BYTES:]
     maps: tuple[Callable[[tuple[int, ...]], bytes], ...] = ()
     if chosen.boxes:
         constants = constants.ljust(_MAPS_START + len(_MAPS) * tensormap.BYTES - _POINTERS_BYTES, b"\0")
         maps = tuple(_map(problem, name, params, dict(chosen.boxes).get(name)) for name in _MAPS)
-    return _Prepared(chosen, launches, _ArgumentsOfThread(constants), maps, problem.device)
+    return _Prepared(chosen, launches, _ArgumentsOfThread(constants), maps, problem.device, functions)
 
 
 def _map(
@@ -276,9 +278,13 @@ def _map(
     return lambda pointers: tensormap.encode(pointers[index], problem.dtype, extents, strides, box_rows)
 
 
+# Two threads that load the same module at once would each have one of their own, of which the caches keep the later.
+_loading = threading.Lock()
+
+
 @functools.cache
 def _function(path: str, name: str, shared_bytes: int, ordinal: int) -> Any:
-    """A kernel loaded on a device, allowed its shared memory."""
+    """A kernel loaded on a device, allowed its shared memory. To be called with `_loading` held."""
     import cupy
 
     with cupy.cuda.Device(ordinal):
@@ -305,9 +311,11 @@ def _launch(
         arguments.used = True
     _PACKED_ARRAYS.pack_into(arguments.params, 0, q, k, v, dout, out, lse)
     if arguments.others != others:
+        arguments.others = ()  # should an interrupt come between
         arguments.params[_PACKED_ARRAYS.size : _POINTERS_BYTES] = _PACKED_OTHERS.pack(*others)
         arguments.others = others
     if prepared.maps and arguments.mapped != (mapped := (q, k, v, dout)):
+        arguments.mapped = ()
         arguments.params[_MAPS_START:] = b"".join([make(mapped) for make in prepared.maps])
         arguments.mapped = mapped
     if prepared.plan.ticket_bytes:

@@ -171,9 +171,10 @@ class _Slot:
             compute = np.float64 if here.dtype == np.float64 else np.float32
             share = np.empty(here.shape, compute)
             cpu.widen(here, share)
-            sums[name] = sums[name] + share if name in sums else share
-            if part.last:
-                cpu.narrow(sums.pop(name), to)
+            with np.errstate(all="ignore"):  # infinities and NaN are results, as the kernels' are
+                sums[name] = sums[name] + share if name in sums else share
+                if part.last:
+                    cpu.narrow(sums.pop(name), to)
 
     def _buffers(self, name: str, like: Array) -> tuple[Array, Any]:
         """The page-locked array of a shape and dtype, and the device memory that belongs to it."""
@@ -227,7 +228,10 @@ def _copy(to: Array, of: Array) -> None:
         here = (slice(None),) * axis + (slice(cuts[i], cuts[i + 1]),)
         to[here] = of[here]
 
-    list(_pool().map(piece, range(pieces)))
+    try:
+        list(_pool().map(piece, range(pieces)))
+    except RuntimeError:  # at the interpreter's end there are no new threads
+        to[...] = of
 
 
 @lru_cache

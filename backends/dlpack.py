@@ -200,12 +200,14 @@ def _run_on_gpu(device: int, function: str, arrays: dict[str, Any], others: dict
     import cupy
 
     adapter = importlib.import_module("anyattn.backends.cupy")
-    _drop_done()
     with _current(device):
         stream = cupy.cuda.get_current_stream()
+        capturing = stream.is_capturing()  # then no event can be asked, and whoever replays the graph keeps the arrays
+        if not capturing:
+            _drop_done()
         views = {name: _gpu_view(name, x, stream.ptr) for name, x in arrays.items()}
         results = getattr(adapter, function)(**{**others, **views})
-        if not stream.is_capturing():  # then whoever replays the graph keeps them, and its events can't be asked
+        if not capturing:
             _hold_until_done(stream.record(), views)
     return results
 
@@ -226,9 +228,13 @@ def _gpu_view(name: str, x: Any, stream: int) -> Any:
 
 @functools.cache
 def _memory_view() -> Any:
-    from anyattn.compile import cuda_core
+    from anyattn.compile import INSTALL, cuda_core
+    from anyattn.launch import UnsupportedError
 
-    return cuda_core("cuda.core.utils").StridedMemoryView
+    try:
+        return cuda_core("cuda.core.utils").StridedMemoryView
+    except ImportError as error:
+        raise UnsupportedError(f"arrays of other libraries on a GPU need cuda.core ({error}): {INSTALL}") from None
 
 
 def byte_strides(steps: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -250,9 +256,10 @@ def _hold_until_done(event: Any, arrays: Any) -> None:
 
 
 def _drop_done() -> None:
+    done = []  # to go when the lock is free: whose arrays they are may call us then
     with _lock:
         while _in_flight and _in_flight[0][0].done:
-            _in_flight.popleft()
+            done.append(_in_flight.popleft())
 
 
 def _from_dlpack(kind: type) -> Callable[[Any], Any] | None:

@@ -80,6 +80,17 @@ def test_compile_reports(toys: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "2/2" in output.err or "100%" in output.err
 
 
+@pytest.mark.usefixtures("toys")
+def test_compile_for_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels that go with this process would not do."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "file" / "cache"))
+    assert cli.main(["compile", "--arch", "sm_80"]) == 1
+    assert "file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "fault"), [("spilling", "spills"), ("broken", "could not compile broken.cu")])
 def test_compile_fails(
     name: str, fault: str, toys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

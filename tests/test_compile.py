@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,7 +153,13 @@ def test_parsed_text_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
     assert parses("one two")
     assert not parses("one two")
     assert parses("three")  # another text
-    for damaged in (lambda text: text[:-3], lambda text: text.replace("two", "six"), lambda text: "null"):
+    numbers = '{"sha256": "1", "content": 1}'
+    for damaged in (
+        lambda text: text[:-3],
+        lambda text: text.replace("two", "six"),
+        lambda text: "null",
+        lambda text: numbers,
+    ):
         for file in (tmp_path / "cache").iterdir():
             file.write_text(damaged(file.read_text()))
         assert parses("one two")
@@ -161,6 +170,42 @@ def test_parsed_text_stays_on_the_disk(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "file" / "cache"))
     assert parses("one two")
     assert parses("one two")
+
+
+def test_threads_build_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    compile_, start = compiler._compile, threading.Barrier(8)
+    monkeypatch.setattr(compiler, "_compile", lambda spec: (built.append(spec.source), compile_(spec))[1])
+
+    def thread(_: int) -> str:
+        start.wait()
+        return compiler.cubin(SPEC).path
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(thread, range(8)))) == 1
+    assert built == ["toy.cu"]
+
+
+def test_relative_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANYATTN_CACHE", "here")
+    path = Path(compiler.cubin(SPEC).path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert path.is_file()
+
+
+def test_nowhere_to_keep_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(compiler.CompileError, match=r"there is nowhere to keep a kernel: .* Set ANYATTN_CACHE"):
+        compiler.cubin(SPEC)
+
+
+def test_what_kernels_are_compiled_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler.missing.__wrapped__() is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "cuda.core and cuda.bindings. Install them: pip install" in str(compiler.missing.__wrapped__())
 
 
 def test_threads_that_import_cuda_core_at_once() -> None:

@@ -254,6 +254,27 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, check=True, timeout=60)
 
 
+def test_a_call_at_the_interpreters_end() -> None:
+    """There are no new threads then."""
+    script = """
+import atexit
+import numpy as np
+from tests.test_cpu import Case, random_inputs, run
+case = Case("large", seqlen_q=512, seqlen_k=512)
+inputs = random_inputs(case)
+out = run(case, inputs).out
+def last():
+    assert np.array_equal(run(case, inputs).out, out)
+    print("right")
+atexit.register(last)
+"""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"ANYATTN_THREADS": "2", "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=root, check=True, timeout=60, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("right\n", "")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_child_forked_beside_a_call_has_its_blas_threads() -> None:
     script = """

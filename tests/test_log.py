@@ -6,6 +6,10 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +82,35 @@ def test_first_use_of_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert not_taken == "not the sm99 kernels: it is a test"
     assert first.startswith("first use of forward_sm80 on cuda:3, ")
     assert first.endswith("from /cache/x.cubin")
+
+
+def test_threads_load_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy unloads the module that is not kept, whoever launches its functions."""
+    loaded: list[str] = []
+
+    def load(path: str) -> Any:
+        loaded.append(path)
+        time.sleep(0.05)
+        module = SimpleNamespace(number=len(loaded))
+        return SimpleNamespace(get_function=lambda name: SimpleNamespace(kernel=SimpleNamespace(ptr=module.number)))
+
+    fake = SimpleNamespace(cuda=SimpleNamespace(Device=lambda ordinal: nullcontext()), RawModule=load)
+    monkeypatch.setitem(sys.modules, "cupy", fake)  # type: ignore[misc]
+    monkeypatch.setattr(compiler, "cubin", lambda spec: Cubin("/cache/x.cubin", "", 0.0))
+    monkeypatch.setattr(launch, "device", lambda ordinal: plan.Device("sm_80", plan.SHARED_BYTES["sm_80"]))
+    launch._function.cache_clear()
+    start = threading.Barrier(4)
+
+    def thread(seqlen: int) -> int:
+        view = View(0, (1, seqlen, 2, 64), (seqlen * 128, 128, 64, 1), "float16", 0)
+        problem = dense(view, view, view, None, Options())
+        start.wait()
+        return int(launch._prepare_forward.__wrapped__(problem).launches[0][0])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(thread, (100, 100, 200, 200))] == [1] * 4
+    launch._function.cache_clear()
+    assert loaded == ["/cache/x.cubin"]
 
 
 def test_fallback_to_the_cpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
