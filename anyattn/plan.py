@@ -510,7 +510,7 @@ def default_specs(arch: str) -> list[Spec]:
                     if shared(tile, plain(head_dim)) > device.shared_bytes or add(plain(head_dim)):
                         continue
                     add(plain(head_dim, dropout=0.1))
-                    next((lower for lower in range(head_dim - 8, 0, -8) if add(plain(lower))), None)
+                    any(add(plain(lower)) for lower in range(head_dim - 8, 0, -8))
     return list(specs)
 
 

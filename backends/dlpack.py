@@ -24,7 +24,7 @@ __all__ = ["Bridge", "attention", "attention_backward", "attention_varlen", "des
 
 _HOST = (1, 3)  # DLDeviceType: kDLCPU, kDLCUDAHost
 _CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
-_OPTIONAL = ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")  # these two but for packed sequences
+_OPTIONAL = ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")  # may be None; of attention_varlen the first alone
 
 
 class Bridge:

@@ -22,6 +22,7 @@ import pytest
 from anyattn.backends import dlpack
 
 import anyattn
+from anyattn import compile as compiler
 from anyattn import cpu, host, launch, reference
 from anyattn.problem import BackwardProblem, Options, Problem, View, dense
 from tests.cases import BY_NAME, CASES, DTYPES, Array, Case, Inputs, Results, check, make, storage
@@ -116,6 +117,17 @@ def test_where_host_arrays_go(
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(4))
     x = View(0, shape, strides, "float32", -1)
     assert host._on_gpu(dense(x, x, x, None, Options()), backend, 1.0) is expected
+
+
+def test_host_arrays_where_no_kernel_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay on the CPU, unless they are to go to the GPU: there may be kernels in the cache."""
+    monkeypatch.setattr(launch, "available", lambda *_: None)
+    monkeypatch.setattr(compiler, "missing", lambda: "cuda.core is missing")
+    large = (4, 8192, 16, 64)
+    x = View(0, large, tuple(math.prod(large[axis + 1 :]) for axis in range(4)), "float32", -1)
+    problem = dense(x, x, x, None, Options())
+    assert host.route(problem, "auto", 1.0) == (False, "there is enough work for a GPU, but cuda.core is missing")
+    assert host.route(problem, "cuda", 1.0) == (True, "backend='cuda'")
 
 
 # --- JAX -------------------------------------------------------------------------------------------------------------

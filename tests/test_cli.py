@@ -80,15 +80,28 @@ def test_compile_reports(toys: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "2/2" in output.err or "100%" in output.err
 
 
-@pytest.mark.usefixtures("toys")
 def test_compile_for_a_cache_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toys: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kernels that go with this process would not do."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("ANYATTN_CACHE", str(tmp_path / "file" / "cache"))
+    """Kernels that go with this process do not do; those that lie there already do."""
+
+    def refuse(path: Path, content: bytes) -> None:
+        if path.is_relative_to(toys):
+            raise PermissionError(13, "Permission denied")
+        write(path, content)
+
+    use_specs(monkeypatch, "good")
+    write = compiler._write
+    monkeypatch.setattr(compiler, "_write", refuse)
+    compiler._temporary_cache.cache_clear()
     assert cli.main(["compile", "--arch", "sm_80"]) == 1
-    assert "file" in capsys.readouterr().err
+    assert "anyattn: 1 of them were not kept: that folder is not writable" in capsys.readouterr().err
+    compiler._temporary_cache.cache_clear()
+
+    for function in (write, refuse):
+        monkeypatch.setattr(compiler, "_write", function)
+        compiler.cubin.cache_clear()
+        assert cli.main(["compile", "--arch", "sm_80"]) == 0
 
 
 @pytest.mark.parametrize(("name", "fault"), [("spilling", "spills"), ("broken", "could not compile broken.cu")])

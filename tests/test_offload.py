@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import types
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -230,13 +232,35 @@ def test_an_error_leaves_no_copy_behind(queue: HostKernels, monkeypatch: pytest.
     assert all(not stream.queue for stream in Stream.made)
 
 
-def test_copies_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ending", [False, True])
+def test_copies_by_several_threads(ending: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the interpreter's end by none but its own."""
+
+    class Pool:
+        def map(self, *_: Any) -> None:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    if ending:
+        monkeypatch.setattr(offload, "_pool", Pool)
     monkeypatch.setattr(offload, "_SHARE", 100)
     monkeypatch.setattr(offload.os, "cpu_count", lambda: 4)
     of: Array = np.random.default_rng(0).standard_normal((3, 50, 7, 8)).swapaxes(1, 2)
     to = np.empty(of.shape)
     offload._copy(to, of)
     np.testing.assert_array_equal(to, of)
+
+
+@pytest.mark.usefixtures("small_parts", "queue")
+def test_gradients_beyond_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are infinite, as on the CPU, and nobody is warned."""
+    case = CASES[0]
+    inputs = make(case, "float16", np.random.default_rng(0))
+    inputs = replace(inputs, dout=np.full_like(inputs.dout, 60_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compute(case, inputs, "rows", monkeypatch)
+    assert found.dv is not None
+    assert np.isinf(found.dv).any()
 
 
 # --- on a real one ---------------------------------------------------------------------------------------------------
